@@ -1,0 +1,39 @@
+"""Pictures of reconstructions."""
+
+import os
+from pathlib import Path
+
+import torch
+from torchvision.utils import make_grid
+from transformers.image_transforms import to_pil_image
+
+from eval.metrics import to_uint8
+
+
+def save_pairs(originals: torch.Tensor, reconstructions: torch.Tensor, path: str | Path, columns: int = 8) -> None:
+    """Writes a PNG with rows of originals, each above the row of their reconstructions.
+
+    Args:
+        originals, reconstructions: (B, 3, H, W), nominally in [0, 1].
+        path: the file; its folder is made.
+        columns: images in a row.
+    """
+    originals, reconstructions = to_uint8(originals.cpu()), to_uint8(reconstructions.cpu())
+    rows = [
+        image
+        for start in range(0, len(originals), columns)
+        for batch in (originals, reconstructions)
+        for image in _filled(batch[start : start + columns], columns)
+    ]
+    grid = make_grid(torch.stack(rows), nrow=columns, padding=2, pad_value=255)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".tmp")
+    to_pil_image(grid.numpy(), do_rescale=False).save(unfinished, format="PNG")
+    os.replace(unfinished, path)
+
+
+def _filled(images: torch.Tensor, columns: int) -> torch.Tensor:
+    """A row of `columns` images, white where there are fewer."""
+    missing = columns - len(images)
+    return torch.cat([images, images.new_full((missing, *images.shape[1:]), 255)]) if missing else images

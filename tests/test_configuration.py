@@ -1,0 +1,52 @@
+import pytest
+from conftest import encoder_config, tiny_config
+
+from configuration_simvq import VQRAEConfig
+
+
+def test_json_round_trip(tmp_path):
+    config = tiny_config(codebook_dim=8, image_mean=[0.1, 0.2, 0.3], noise_tau=0.5)
+    config.save_pretrained(tmp_path)
+    assert VQRAEConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+
+def test_default_is_a_siglip_encoder_with_16384_codes_and_a_symmetric_decoder():
+    config = VQRAEConfig()
+    assert config.encoder_config.model_type == "siglip_vision_model"
+    assert (config.image_size, config.decoder_patch_size, config.codebook_size) == (256, 16, 16384)
+    assert config.decoder_hidden_size == config.encoder_config.hidden_size
+    assert config.decoder_num_hidden_layers == config.encoder_config.num_hidden_layers
+    assert config.legacy and config.use_simvq and config.freeze_encoder and config.commitment_cost == 0.25
+
+
+@pytest.mark.parametrize(
+    "fields, numbers",
+    [
+        ({"image_size": 64}, ("4 x 4", "8 x 8")),
+        ({"image_size": 36}, ("36", "8")),
+        ({"encoder_input_size": 33}, ("33", "8")),
+        ({"decoder_num_attention_heads": 5}, ("32", "5")),
+        ({"codebook_size": 0}, ("codebook_size", "0")),
+        ({"codebook_dim": -1}, ("codebook_dim", "-1")),
+        ({"num_channels": 1}, ("1", "3")),
+        ({"image_mean": [0.5]}, ("1", "3")),
+        ({"image_std": [0.5, 0, 0.5]}, ("image_std", "0")),
+        ({"commitment_cost": -0.25}, ("commitment_cost", "-0.25")),
+    ],
+)
+def test_impossible_combinations_name_both_numbers(fields, numbers):
+    with pytest.raises(ValueError) as error:
+        tiny_config(**fields)
+    assert all(number in str(error.value) for number in numbers)
+
+
+def test_encoder_may_see_another_size_than_the_image():
+    config = VQRAEConfig(
+        encoder_config=encoder_config(image_size=518, patch_size=14), encoder_input_size=224, image_size=256
+    )
+    assert config.grid_size == 16
+
+
+def test_language_models_are_refused():
+    with pytest.raises(ValueError, match="bert"):
+        VQRAEConfig(encoder_config={"model_type": "bert"})

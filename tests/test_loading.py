@@ -1,0 +1,77 @@
+"""The three ways in: a clone, an installation, and AutoModel on a machine that has never seen the repository."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from conftest import tiny_config
+
+from image_processing_simvq import VQRAEImageProcessor
+from modeling_simvq import VQRAEModel
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(code_or_arguments, cwd, **environment) -> str:
+    """Standard output of a fresh Python process outside the repository."""
+    arguments = ["-c", code_or_arguments] if isinstance(code_or_arguments, str) else code_or_arguments
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=inherited | environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_from_a_clone(tmp_path):
+    assert "--encoder_name_or_path" in run([str(ROOT / "train_hf.py"), "--help"], tmp_path)
+    assert "--inception_weights" in run([str(ROOT / "eval" / "reconstruction.py"), "--help"], tmp_path)
+
+
+def test_after_pip_install(tmp_path):
+    target = tmp_path / "site"
+    run(
+        ["-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", str(target), str(ROOT)],
+        tmp_path,
+    )
+    code = "import modeling_simvq as m; print(m.__file__, m.VQRAEModel.__name__, m.VQRAEConfig.__name__)"
+    assert run(code, tmp_path, PYTHONPATH=str(target)).split() == [
+        str(target / "modeling_simvq.py"),
+        "VQRAEModel",
+        "VQRAEConfig",
+    ]
+    assert sorted(path.name for path in target.glob("*.py")) == [
+        "configuration_simvq.py",
+        "image_processing_simvq.py",
+        "modeling_simvq.py",
+    ]
+
+
+def test_automodel_in_a_fresh_process(tmp_path):
+    torch.manual_seed(0)
+    model = VQRAEModel(tiny_config(codebook_dim=8)).eval()
+    checkpoint = tmp_path / "checkpoint"
+    model.save_pretrained(checkpoint)
+    VQRAEImageProcessor.for_image_size(32).save_pretrained(checkpoint)
+    pixels = torch.rand(1, 3, 32, 32)
+    torch.save({"pixels": pixels, "tokens": model(pixels).image_tokens}, tmp_path / "expected.pt")
+    code = """
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+model = AutoModel.from_pretrained("checkpoint", trust_remote_code=True)
+processor = AutoImageProcessor.from_pretrained("checkpoint", trust_remote_code=True)
+expected = torch.load("expected.pt", weights_only=True)
+assert not model.training and not any(p.requires_grad for p in model.encoder.parameters())
+output = model(expected["pixels"])
+assert torch.equal(output.image_tokens, expected["tokens"])
+image = Image.new("RGB", (50, 40), (255, 0, 0))
+pixels = processor(image, return_tensors="pt").pixel_values
+assert processor.postprocess(model(pixels).decoded_pixel_values)[0].size == (32, 32)
+print(type(model).__module__)
+"""
+    module = run(code, tmp_path, HF_HOME=str(tmp_path / "home"))
+    assert "transformers_modules" in module

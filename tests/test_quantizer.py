@@ -1,0 +1,248 @@
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import modeling_simvq
+from modeling_simvq import SimVQ, VectorQuantizer
+
+
+def naive(quantizer, z):
+    """Section by section what the SimVQ paper says, on (tokens, dim), with the whole distance matrix."""
+    codebook = F.linear(quantizer.embedding.weight, quantizer.embedding_proj.weight, quantizer.embedding_proj.bias)
+    distances = z.pow(2).sum(1, keepdim=True) + codebook.pow(2).sum(1) - 2 * z @ codebook.T
+    indices = distances.argmin(1)
+    z_q = codebook[indices]
+    commitment, embedding = (z_q.detach() - z).pow(2).mean(), (z_q - z.detach()).pow(2).mean()
+    beta = quantizer.commitment_cost
+    loss = commitment + beta * embedding if quantizer.legacy else beta * commitment + embedding
+    return z + (z_q - z).detach(), loss, indices
+
+
+def double_distances(quantizer, z):
+    codes = quantizer.get_codebook_entry(torch.arange(quantizer.num_embeddings)).double()
+    return (z.double()[:, None] - codes).pow(2).sum(-1)
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("layout", ["BCHW", "BNC"])
+def test_equals_the_naive_formula_with_gradients(legacy, layout):
+    torch.manual_seed(0)
+    quantizer = SimVQ(96, 24, commitment_cost=0.25, legacy=legacy)
+    z = torch.randn((2, 24, 5, 7) if layout == "BCHW" else (2, 35, 24), requires_grad=True)
+    weights = torch.randn_like(z)
+
+    z_q, loss, indices = quantizer(z)
+    (z_q * weights).sum().add(3 * loss).backward()
+    ours = [z.grad.clone(), quantizer.embedding_proj.weight.grad.clone(), quantizer.embedding_proj.bias.grad.clone()]
+
+    z.grad = quantizer.embedding_proj.weight.grad = quantizer.embedding_proj.bias.grad = None
+    flat = (z.permute(0, 2, 3, 1) if layout == "BCHW" else z).reshape(-1, 24)
+    naive_z_q, naive_loss, naive_indices = naive(quantizer, flat)
+    if layout == "BCHW":
+        naive_z_q = naive_z_q.view(2, 5, 7, 24).permute(0, 3, 1, 2)
+    naive_z_q = naive_z_q.reshape(z.shape)
+    (naive_z_q * weights).sum().add(3 * naive_loss).backward()
+    theirs = [z.grad, quantizer.embedding_proj.weight.grad, quantizer.embedding_proj.bias.grad]
+
+    assert indices.shape == ((2, 5, 7) if layout == "BCHW" else (2, 35)) and indices.dtype == torch.int64
+    assert torch.equal(indices.flatten(), naive_indices)
+    torch.testing.assert_close(z_q, naive_z_q, atol=1e-6, rtol=0)
+    torch.testing.assert_close(loss, naive_loss, atol=1e-6, rtol=0)
+    for a, b in zip(ours, theirs):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+    assert not quantizer.embedding.weight.requires_grad and quantizer.embedding.weight.grad is None
+
+
+def test_same_indices_and_loss_as_vector_quantize_pytorch():
+    library = pytest.importorskip("vector_quantize_pytorch")
+    torch.manual_seed(0)
+    theirs = library.SimVQ(dim=16, codebook_size=200, rotation_trick=False)
+    ours = SimVQ(200, 16, legacy=False)
+    with torch.no_grad():
+        ours.embedding.weight.copy_(theirs.frozen_codebook)
+        ours.embedding_proj.weight.copy_(theirs.code_transform.weight)
+        ours.embedding_proj.bias.zero_()
+    z = torch.randn(3, 50, 16)
+    quantized, indices, loss = theirs(z)
+    z_q, vq_loss, ours_indices = ours(z)
+    assert torch.equal(indices, ours_indices)
+    torch.testing.assert_close(z_q, quantized, atol=1e-5, rtol=0)
+    torch.testing.assert_close(vq_loss, loss, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("num_embeddings", [8, 1030])
+def test_ties_go_to_the_lowest_index(num_embeddings):
+    torch.manual_seed(0)
+    quantizer = SimVQ(num_embeddings, 20)
+    half = num_embeddings // 2
+    quantizer.embedding.weight[half:].copy_(quantizer.embedding.weight[: num_embeddings - half])
+    indices = quantizer(torch.randn(1, 300, 20))[2]
+    assert indices.max() < half
+    nn.init.zeros_(quantizer.embedding_proj.weight)  # every code is b
+    assert quantizer(torch.randn(1, 300, 20))[2].eq(0).all()
+
+
+@pytest.mark.parametrize("offset", [0.0, 10.0, 30.0])
+@pytest.mark.parametrize("shift_codes", [False, True])
+def test_search_is_that_of_float64(offset, shift_codes):
+    torch.manual_seed(0)
+    quantizer = SimVQ(1500, 32)
+    direction = F.normalize(torch.randn(32), dim=0)
+    if shift_codes:
+        quantizer.embedding_proj.bias.data += offset * direction
+    z = torch.randn(400, 32) / 32**0.5 + offset * direction
+    indices = quantizer(z[None])[2][0]
+    distances = double_distances(quantizer, z)
+    chosen = distances.gather(1, indices[:, None])[:, 0]
+    torch.testing.assert_close(chosen, distances.amin(1), rtol=1e-6, atol=1e-12)
+    if not shift_codes:  # a shifted code has rounding of its own
+        assert torch.equal(indices, distances.argmin(1))
+
+
+def test_near_ties_that_fp32_gets_wrong_are_decided_in_float64():
+    """Codes closer to each other than fp32 scores can tell."""
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(512, 64)
+    base = torch.randn(64)
+    quantizer.embedding.weight.data = base + 1e-6 * torch.randn(512, 64)
+    z = base + 1e-6 * torch.randn(200, 64) + torch.randn(64)
+    distances = (z.double()[:, None] - quantizer.embedding.weight.double()).pow(2).sum(-1)
+    ours = distances.gather(1, quantizer(z[None])[2][0][:, None])[:, 0]
+    plain = torch.cdist(z, quantizer.embedding.weight, compute_mode="use_mm_for_euclid_dist").argmin(1)
+    naive_choice = distances.gather(1, plain[:, None])[:, 0]
+    assert (ours <= naive_choice * (1 + 1e-9)).all()
+    assert (ours < naive_choice).any()
+
+
+def test_tiling_does_not_change_the_result(monkeypatch):
+    torch.manual_seed(0)
+    quantizer, z = SimVQ(301, 16), torch.randn(1, 157, 16)
+    expected = quantizer(z)[2]
+    monkeypatch.setattr(modeling_simvq, "_TILE_TOKENS", 10)
+    monkeypatch.setattr(modeling_simvq, "_TILE_SCORES", {"cpu": 70})
+    assert torch.equal(quantizer(z)[2], expected)
+
+
+def test_search_runs_in_fp32_under_autocast():
+    torch.manual_seed(0)
+    quantizer, z = SimVQ(4096, 32), torch.randn(1, 500, 32) + 5
+    expected = quantizer(z)
+    with torch.autocast("cpu", torch.bfloat16):
+        z_q, loss, indices = quantizer(z)
+    assert torch.equal(indices, expected[2]) and torch.equal(z_q, expected[0]) and loss.dtype == torch.float32
+
+
+def test_entries_are_projected_codes():
+    quantizer = SimVQ(50, 8)
+    z_q, _, indices = quantizer(torch.randn(2, 9, 8))
+    assert torch.equal(quantizer.get_codebook_entry(indices), z_q)
+    assert not torch.allclose(quantizer.embedding.weight[indices], z_q, atol=1e-2)
+
+
+def test_state_dict_has_the_names_of_the_reference_and_nothing_else():
+    quantizer = SimVQ(50, 8).eval()
+    quantizer(torch.randn(2, 9, 8))
+    assert set(quantizer.state_dict()) == {"embedding.weight", "embedding_proj.weight", "embedding_proj.bias"}
+
+
+def test_no_optimizer_moves_the_codebook():
+    quantizer = SimVQ(50, 8)
+    before = copy.deepcopy(quantizer.state_dict())
+    optimizer = torch.optim.AdamW(quantizer.parameters(), lr=0.1, weight_decay=0.5)
+    for _ in range(3):
+        quantizer(torch.randn(2, 9, 8))[1].backward()
+        optimizer.step()
+    assert torch.equal(before["embedding.weight"], quantizer.embedding.weight)
+    assert not torch.equal(before["embedding_proj.weight"], quantizer.embedding_proj.weight)
+    assert not torch.equal(before["embedding_proj.bias"], quantizer.embedding_proj.bias)
+
+
+def optimizer_step(quantizer):
+    quantizer(torch.randn(1, 40, 8))[1].backward()
+    torch.optim.SGD(quantizer.parameters(), lr=5.0).step()
+    return quantizer
+
+
+def load_other(quantizer):
+    quantizer.load_state_dict(SimVQ(50, 8).state_dict())
+    return quantizer
+
+
+def edit_data(quantizer):
+    quantizer.embedding_proj.weight.data.mul_(-1)
+    return quantizer
+
+
+@pytest.mark.parametrize(
+    "change", [optimizer_step, load_other, edit_data, lambda q: q.to(torch.bfloat16), lambda q: q.double()]
+)
+def test_cached_codes_never_outlive_their_parameters(change):
+    torch.manual_seed(0)
+    quantizer, z = SimVQ(50, 8).eval(), torch.randn(1, 200, 8)
+    quantizer(z)
+    changed = change(quantizer)
+    fresh = copy.deepcopy(changed)  # a copy has no cache
+    assert fresh._cache is None
+    assert torch.equal(changed(z)[2], fresh(z)[2])
+
+
+def test_cache_is_reused_in_eval_and_absent_in_training_and_pickles():
+    quantizer, z = SimVQ(50, 8).eval(), torch.randn(1, 20, 8)
+    quantizer(z)
+    table = quantizer._cache
+    quantizer(z)
+    assert quantizer._cache is table
+    assert pickle.loads(pickle.dumps(quantizer))._cache is None
+    quantizer.train()(z)
+    assert quantizer._cache is None
+
+
+def test_usage_is_the_share_of_codes_seen_since_the_reset():
+    torch.manual_seed(0)
+    quantizer = SimVQ(50, 8)
+    assert quantizer.get_codebook_usage() == 0
+    first, second = (quantizer(torch.randn(1, 20, 8))[2] for _ in range(2))
+    both = torch.cat([first, second]).flatten()
+    assert quantizer.get_codebook_usage() == len(set(both.tolist())) / 50
+    assert torch.equal(quantizer.get_codebook_counts(), torch.bincount(both, minlength=50))
+    assert copy.deepcopy(quantizer).get_codebook_usage() == 0
+    quantizer.reset_codebook_usage()
+    assert quantizer.get_codebook_usage() == 0
+
+
+@pytest.mark.parametrize(
+    "z, message",
+    [
+        (torch.randn(2, 9, 7), "7.*8"),
+        (torch.randn(2, 7, 3, 3), "7.*8"),
+        (torch.randn(9, 8), r"\(9, 8\)"),
+        (torch.zeros(2, 9, 8, dtype=torch.int64), "int64"),
+        (torch.tensor([[[float("nan")] * 8, [0.0] * 8]]), "1 of 2 latents"),
+        (torch.tensor([[[float("inf")] * 8]]), "1 of 1 latents"),
+    ],
+)
+def test_bad_latents_are_named(z, message):
+    with pytest.raises(ValueError, match=message):
+        SimVQ(50, 8).eval()(z)
+
+
+def test_nonfinite_latents_are_counted_in_training():
+    quantizer, z = SimVQ(50, 8), torch.randn(1, 5, 8)
+    z[0, 1, 3], z[0, 4, 0] = float("nan"), float("inf")
+    indices = quantizer(z)[2]
+    assert quantizer.get_num_nonfinite() == 2 and 0 <= indices.min() and indices.max() < 50
+
+
+@pytest.mark.parametrize("indices", [torch.tensor([50]), torch.tensor([-1]), torch.tensor([0.0])])
+def test_indices_outside_the_codebook_are_refused(indices):
+    with pytest.raises(ValueError, match="Code indices"):
+        SimVQ(50, 8).get_codebook_entry(indices)
+
+
+def test_empty_codebook_is_refused():
+    with pytest.raises(ValueError, match="num_embeddings"):
+        SimVQ(0, 8)

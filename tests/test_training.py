@@ -1,0 +1,253 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import encoder_config, tiny_config
+from PIL import Image
+from safetensors.torch import load_file
+from test_loading import ROOT, run
+
+from eval.images import decode_image, find_images, load_images
+from image_processing_simvq import VQRAEImageProcessor
+from modeling_simvq import VQRAEModel
+from training.data import EvalTransform, TrainTransform, collate, split_files, with_pixels
+from training.losses import PerceptualLoss, ReconstructionLoss
+from training.trainer import VQRAETrainer, VQRAETrainingArguments
+
+
+def training_arguments(output_dir, **overrides):
+    defaults = {"max_steps": 2, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 3, "use_cpu": True}
+    defaults |= {"lpips_weight": 0.0, "learning_rate": 1e-2, "logging_steps": 1, "disable_tqdm": True}
+    return VQRAETrainingArguments(str(output_dir), **{**defaults, "report_to": "none", **overrides})
+
+
+def make_trainer(model, folder, output_dir, **overrides):
+    data = load_images(str(folder))
+    processor = VQRAEImageProcessor.for_image_size(32)
+    return VQRAETrainer(
+        model,
+        training_arguments(output_dir, **overrides),
+        train_dataset=with_pixels(data, TrainTransform(32, 0.5)),
+        eval_dataset=with_pixels(data, EvalTransform(processor)),
+        data_collator=collate,
+        processing_class=processor,
+    )
+
+
+def test_after_a_reload_training_moves_projection_and_decoder_but_neither_encoder_nor_codebook(tmp_path, image_folder):
+    """Saved, loaded through AutoModel in a fresh process, two steps with Trainer."""
+    VQRAEModel(tiny_config()).save_pretrained(tmp_path / "start")
+    code = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from transformers import AutoModel
+from test_training import make_trainer
+model = AutoModel.from_pretrained("start", trust_remote_code=True)
+trainer = make_trainer(model, {str(image_folder)!r}, "out", weight_decay=0.1)
+trainer.train()
+trainer.save_model("end")
+"""
+    run(code, tmp_path, HF_HOME=str(tmp_path / "home"))
+    start, end = (load_file(tmp_path / name / "model.safetensors") for name in ("start", "end"))
+    assert start.keys() == end.keys()
+    for name in start:
+        frozen = name.startswith("encoder.") or name == "quantizer.embedding.weight"
+        # one bias has no gradient: softmax does not see what is common to all keys
+        if not name.endswith("k_proj.bias"):
+            assert torch.equal(start[name], end[name]) == frozen, name
+
+
+def test_log_and_evaluation(tmp_path, image_folder):
+    trainer = make_trainer(VQRAEModel(tiny_config()), image_folder, tmp_path, l1_weight=0.5, vq_weight=2.0)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert log["loss"] == pytest.approx(0.5 * log["loss_l1"] + log["loss_l2"] + 2 * log["loss_vq"], rel=1e-3)
+    assert log["codebook_tokens"] == 4 * 16
+    assert 0 < log["codebook_utilization"] <= 1 <= log["codebook_perplexity"] <= 64
+
+    metrics = trainer.evaluate()
+    model = trainer.model.eval()
+    processor = VQRAEImageProcessor.for_image_size(32)
+    images = [Image.open(file) for file in find_images(image_folder)]
+    pixels = processor(images, return_tensors="pt").pixel_values
+    with torch.no_grad():
+        output = model(pixels)
+    rounded = (output.decoded_pixel_values.clamp(0, 1) * 255).round() / 255
+    psnr = (-10 * (rounded - (pixels * 255).round() / 255).pow(2).mean((1, 2, 3)).log10()).mean()
+    assert metrics["eval_psnr"] == pytest.approx(psnr.item(), abs=1e-3)
+    assert metrics["eval_codebook_tokens"] == 12 * 16
+    assert metrics["eval_codebook_utilization"] == len(output.image_tokens.unique()) / 64
+    frequencies = torch.bincount(output.image_tokens.flatten()).double() / (12 * 16)
+    entropy = -sum(p * p.log() for p in frequencies if p > 0)
+    assert metrics["eval_codebook_perplexity"] == pytest.approx(entropy.exp().item())
+    with Image.open(tmp_path / "reconstructions" / "step-0000002.png") as picture:
+        assert picture.size == (8 * 34 + 2, 4 * 34 + 2)
+
+
+def test_resume_equals_an_uninterrupted_run(tmp_path, image_folder):
+    def train(output_dir, checkpoint=None):
+        torch.manual_seed(0)
+        model = VQRAEModel(tiny_config())
+        trainer = make_trainer(
+            model, image_folder, output_dir, max_steps=4, save_steps=2, gradient_accumulation_steps=2, seed=1
+        )
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return model.state_dict()
+
+    whole = train(tmp_path / "whole")
+    resumed = train(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-2"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_losses_equal_their_formulas():
+    torch.manual_seed(0)
+    x, y = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16)
+    total, terms = ReconstructionLoss(0.5, 2.0, 0.0, "vgg")(x, y)
+    assert set(terms) == {"l1", "l2"}
+    torch.testing.assert_close(total, 0.5 * (x - y).abs().mean() + 2 * (x - y).pow(2).mean())
+
+
+@pytest.mark.skipif("VQRAE_ASSETS" not in os.environ, reason="VQRAE_ASSETS is not set: no LPIPS weights")
+@pytest.mark.parametrize("network", ["alex", "vgg"])
+def test_lpips_equals_the_lpips_package_and_lets_gradients_through(network):
+    lpips = pytest.importorskip("lpips")
+    torch.manual_seed(0)
+    x, y = (torch.rand(2, 3, 64, 64) * 1.2 - 0.1).requires_grad_(), torch.rand(2, 3, 64, 64)
+    loss = PerceptualLoss(network)(x, y)
+    expected = lpips.LPIPS(net=network, verbose=False)(x, y, normalize=True).mean()
+    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=0)
+    loss.backward()
+    assert x.grad.abs().sum() > 0
+
+
+def test_missing_lpips_weights_are_explained(monkeypatch):
+    def refuse(**kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr("training.losses.LearnedPerceptualImagePatchSimilarity", refuse)
+    with pytest.raises(RuntimeError, match="--lpips_weight 0"):
+        PerceptualLoss("vgg")
+
+
+def test_split_keeps_sources_apart():
+    files = [Path(f"{source}-{number}.png") for source in "abcdefgh" for number in range(5)]
+    train, held_out = split_files(files, 0.25, "-")
+    assert len(train) == 30 and len(held_out) == 10
+    assert not {file.name[0] for file in train} & {file.name[0] for file in held_out}
+    assert split_files(files, 0.25, "-") == (train, held_out)
+    with pytest.raises(ValueError, match="--eval_data"):
+        split_files(files[:5], 0.25, "-")
+
+
+def test_streams_are_transformed(image_folder):
+    stream = load_images(str(image_folder)).to_iterable_dataset()
+    items = list(with_pixels(stream, TrainTransform(32, 0.5)))
+    assert collate(items)["pixel_values"].shape == (12, 3, 32, 32)
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (30, 20)).save(tmp_path / "turned.jpg", exif=exif)
+    assert decode_image({"path": str(tmp_path / "turned.jpg"), "bytes": None}).size == (20, 30)
+
+
+def test_empty_folder_and_corrupt_images_are_named(tmp_path):
+    with pytest.raises(ValueError, match="No images"):
+        load_images(str(tmp_path))
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    data = with_pixels(load_images(str(tmp_path)), TrainTransform(32, 0.5))
+    with pytest.raises(ValueError, match="broken.png"):
+        data[0]
+    listing = tmp_path / "list.txt"
+    listing.write_text("nowhere.png\n")
+    with pytest.raises(ValueError, match="nowhere.png"):
+        load_images(str(listing))
+
+
+def test_script_trains_saves_and_resumes(tmp_path, image_folder):
+    config = {
+        "model_config": {"encoder_config": encoder_config(), "decoder_patch_size": 8, "codebook_size": 64},
+        "image_size": 32,
+        "train_data": str(image_folder),
+        "group_separator": "-",
+        "holdout": 0.25,
+        "output_dir": "out",
+        "max_steps": 2,
+        "save_steps": 2,
+        "per_device_train_batch_size": 4,
+        "lpips_weight": 0,
+        "use_cpu": True,
+        "report_to": ["none"],
+    }
+    (tmp_path / "recipe.json").write_text(json.dumps(config))
+    run([str(ROOT / "train_hf.py"), "recipe.json"], tmp_path)
+    assert {
+        "model.safetensors",
+        "modeling_simvq.py",
+        "configuration_simvq.py",
+        "image_processing_simvq.py",
+        "preprocessor_config.json",
+        "eval_results.json",
+    } <= set(os.listdir(tmp_path / "out"))
+    assert not list((tmp_path / "out").rglob("*.tmp"))
+    listed = (tmp_path / "out" / "heldout_images.txt").read_text().split()
+    assert {Path(file).name[0] for file in listed} == {"a"}
+    output = run([str(ROOT / "train_hf.py"), "recipe.json", "--max_steps", "3"], tmp_path)
+    assert "Resuming from out/checkpoint-2" in output
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert state["global_step"] == 3
+
+
+def test_two_processes_train_the_same_weights(tmp_path, image_folder):
+    """torchrun with 2 gloo ranks: one codebook, equal weights."""
+    program = tmp_path / "program.py"
+    program.write_text(f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import torch
+from conftest import tiny_config
+from modeling_simvq import VQRAEModel
+from test_training import make_trainer
+torch.manual_seed(0)
+trainer = make_trainer(VQRAEModel(tiny_config()), {str(image_folder)!r}, "out")
+trainer.train()
+metrics = trainer.evaluate()
+rank = trainer.args.process_index
+torch.save({{"state": trainer.model.state_dict(), "metrics": metrics, "log": trainer.state.log_history}}, f"{{rank}}.pt")
+""")
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(program)],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert all(torch.equal(first["state"][name], second["state"][name]) for name in first["state"])
+    assert first["metrics"]["eval_codebook_tokens"] == 12 * 16
+    assert first["metrics"]["eval_psnr"] == second["metrics"]["eval_psnr"]
+    assert first["log"][0]["codebook_tokens"] == 2 * 4 * 16
+
+
+@pytest.mark.skipif("VQRAE_ASSETS" not in os.environ, reason="VQRAE_ASSETS is not set: no pretrained encoder")
+def test_pretrained_dinov2_gives_the_features_of_transformers():
+    from transformers import Dinov2Model
+
+    assets = Path(os.environ["VQRAE_ASSETS"])
+    model = VQRAEModel.from_encoder_pretrained(
+        str(assets / "dinov2-small"), image_size=112, codebook_size=64, decoder_num_hidden_layers=1
+    ).eval()
+    image = Image.open(sorted((assets / "photos").glob("*.jpg"))[0])
+    pixels = VQRAEImageProcessor.for_image_size(112)(image, return_tensors="pt").pixel_values
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    stock = Dinov2Model.from_pretrained(assets / "dinov2-small").eval()
+    with torch.no_grad():
+        hidden = stock.encoder(stock.embeddings((pixels - mean) / std)).last_hidden_state[:, 1:]
+        features = model.get_image_features(pixels)
+    torch.testing.assert_close(features, F.layer_norm(hidden, (384,), eps=1e-6), atol=1e-4, rtol=1e-4)

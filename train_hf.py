@@ -1,0 +1,186 @@
+#!/usr/bin/env python
+"""Trains a VQRAE image tokenizer.
+
+    python train_hf.py configs/quickstart.json
+    python train_hf.py --encoder_name_or_path facebook/dinov2-base --image_size 224 --train_data my_images \\
+        --output_dir runs/mine --max_steps 20000 --per_device_train_batch_size 32 --learning_rate 4e-4
+
+Options may also stand in one JSON or YAML file, and flags behind it override what it says. Every option of
+transformers' TrainingArguments works: --bf16, --gradient_accumulation_steps, --report_to tensorboard,
+--resume_from_checkpoint, --push_to_hub, ...; `accelerate launch train_hf.py ...` for several processes.
+"""
+
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from configuration_simvq import VQRAEConfig
+from eval.images import dataset_of_files, find_images, load_images
+from image_processing_simvq import VQRAEImageProcessor
+from modeling_simvq import VQRAEModel
+from training.data import EvalTransform, TrainTransform, collate, split_files, with_pixels
+from training.trainer import VQRAETrainer, VQRAETrainingArguments
+
+
+@dataclass
+class ModelArguments:
+    """Which model to train: one of the first three."""
+
+    encoder_name_or_path: str | None = field(
+        default=None, metadata={"help": "A pretrained vision encoder (hub or folder): a new tokenizer on top of it."}
+    )
+    model_name_or_path: str | None = field(default=None, metadata={"help": "A VQRAE (hub or folder) to go on with."})
+    model_config: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "Fields of VQRAEConfig as JSON. Alone: a model from random weights. With a name: overrides, such "
+            'as {"codebook_size": 4096, "freeze_encoder": false}.'
+        },
+    )
+    image_size: int | None = field(
+        default=None, metadata={"help": "Side of the images in pixels (default: what the encoder or config says)."}
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager or flash_attention_2."})
+
+    def __post_init__(self):
+        if isinstance(self.model_config, str):
+            self.model_config = json.loads(self.model_config)
+        if self.encoder_name_or_path and self.model_name_or_path:
+            raise ValueError("Pass --encoder_name_or_path or --model_name_or_path, not both.")
+        if not (self.encoder_name_or_path or self.model_name_or_path or self.model_config):
+            raise ValueError("Pass --encoder_name_or_path, --model_name_or_path or --model_config.")
+
+
+@dataclass
+class DataArguments:
+    """Which images to train on and to hold out."""
+
+    train_data: str = field(metadata={"help": "A folder, a .txt file that lists images, or a dataset of the hub."})
+    eval_data: str | None = field(
+        default=None, metadata={"help": "Held-out images, named likewise. Default: a part of a local --train_data."}
+    )
+    holdout: float = field(default=0.1, metadata={"help": "Without --eval_data: share of the groups to hold out."})
+    group_separator: str | None = field(
+        default=None,
+        metadata={"help": "Files whose names agree up to it are split together, e.g. '-' for crops of one photograph."},
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
+    train_split: str = field(default="train", metadata={"help": "Split of a hub dataset to train on."})
+    eval_split: str = field(default="validation", metadata={"help": "Split of a hub dataset to evaluate on."})
+    image_column: str = field(default="image", metadata={"help": "Column of a hub dataset with the images."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Stream the hub dataset for training (needs --max_steps)."}
+    )
+    shuffle_buffer: int = field(default=1000, metadata={"help": "Images in the shuffle buffer when streaming."})
+    min_crop_area: float = field(default=0.3, metadata={"help": "Smallest area of a random crop, as a share."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on that many images at most."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on that many images at most."})
+
+    def __post_init__(self):
+        if not 0 < self.holdout < 1:
+            raise ValueError(f"holdout must be between 0 and 1, got {self.holdout}.")
+        if not 0 < self.min_crop_area <= 1:
+            raise ValueError(f"min_crop_area must be in (0, 1], got {self.min_crop_area}.")
+
+
+def load_model(args: ModelArguments) -> VQRAEModel:
+    config = dict(args.model_config or {})
+    if args.image_size is not None:
+        config["image_size"] = args.image_size
+    if args.encoder_name_or_path:
+        print(f"Loading the encoder {args.encoder_name_or_path} (downloaded if it is on the hub and not cached).")
+        model = VQRAEModel.from_encoder_pretrained(args.encoder_name_or_path, **config)
+    elif args.model_name_or_path:
+        model = VQRAEModel.from_pretrained(args.model_name_or_path, **config)
+    else:
+        model = VQRAEModel(VQRAEConfig(**config))
+    if args.attn_implementation:
+        model.set_attn_implementation(args.attn_implementation)
+    return model
+
+
+def load_data(args: DataArguments, output_dir: str):
+    """Training and held-out datasets with a column `image`; a held-out part of a folder is listed in a file."""
+    hub = {"config_name": args.dataset_config_name, "image_column": args.image_column}
+    if args.eval_data or not Path(args.train_data).exists():
+        train = load_images(args.train_data, args.train_split, streaming=args.streaming, **hub)
+        held_out = load_images(args.eval_data or args.train_data, args.eval_split, **hub)
+    else:
+        train_files, eval_files = split_files(find_images(args.train_data), args.holdout, args.group_separator)
+        train, held_out = dataset_of_files(train_files), dataset_of_files(eval_files)
+        os.makedirs(output_dir, exist_ok=True)
+        listing = Path(output_dir) / "heldout_images.txt"
+        unfinished = listing.with_suffix(".tmp")
+        unfinished.write_text("".join(f"{file.resolve()}\n" for file in eval_files))
+        os.replace(unfinished, listing)
+        print(f"{len(train_files)} images to train on, {len(eval_files)} held out ({listing}).")
+    if args.streaming:
+        train = train.shuffle(seed=0, buffer_size=args.shuffle_buffer)
+    if args.max_train_samples:
+        if args.streaming:
+            train = train.take(args.max_train_samples)
+        else:
+            train = train.select(range(min(len(train), args.max_train_samples)))
+    if args.max_eval_samples:
+        held_out = held_out.select(range(min(len(held_out), args.max_eval_samples)))
+    return train, held_out
+
+
+def main() -> None:
+    parser = HfArgumentParser((ModelArguments, DataArguments, VQRAETrainingArguments), description=__doc__)
+    arguments = sys.argv[1:]
+    if arguments and arguments[0].endswith((".json", ".yaml", ".yml")):
+        arguments = file_as_flags(arguments[0]) + arguments[1:]
+    model_args, data_args, training_args = parser.parse_args_into_dataclasses(arguments)
+    set_seed(training_args.seed)
+
+    model = load_model(model_args)
+    processor = VQRAEImageProcessor.for_image_size(model.config.image_size)
+    train, held_out = load_data(data_args, training_args.output_dir)
+    trainer = VQRAETrainer(
+        model=model,
+        args=training_args,
+        train_dataset=with_pixels(train, TrainTransform(model.config.image_size, data_args.min_crop_area)),
+        eval_dataset=with_pixels(held_out, EvalTransform(processor)),
+        data_collator=collate,
+        processing_class=processor,
+    )
+    checkpoint = training_args.resume_from_checkpoint
+    if checkpoint is None and os.path.isdir(training_args.output_dir):
+        checkpoint = get_last_checkpoint(training_args.output_dir)
+        if checkpoint:
+            print(f"Resuming from {checkpoint}; remove it, or choose another --output_dir, to start anew.")
+    result = trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", result.metrics)
+    metrics = trainer.evaluate()
+    trainer.log_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics)
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+    if trainer.is_world_process_zero():
+        print(f"Model and image processor: {training_args.output_dir}")
+        print(f"Originals above reconstructions: {training_args.output_dir}/reconstructions")
+
+
+def file_as_flags(path: str) -> list[str]:
+    """The options of a JSON or YAML file as flags, so that flags behind the file's name override them."""
+    flags = []
+    for name, value in yaml.safe_load(Path(path).read_text()).items():  # JSON is YAML
+        if isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            flags += [f"--{name}", json.dumps(value) if isinstance(value, (dict, bool)) else str(value)]
+    return flags
+
+
+if __name__ == "__main__":
+    main()
