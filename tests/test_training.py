@@ -219,7 +219,8 @@ trainer = make_trainer(VQRAEModel(tiny_config()), {str(image_folder)!r}, "out")
 trainer.train()
 metrics = trainer.evaluate()
 rank = trainer.args.process_index
-torch.save({{"state": trainer.model.state_dict(), "metrics": metrics, "log": trainer.state.log_history}}, f"{{rank}}.pt")
+result = {{"state": trainer.model.state_dict(), "metrics": metrics, "log": trainer.state.log_history}}
+torch.save(result, f"{{rank}}.pt")
 """)
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(program)],
