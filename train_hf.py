@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+from datasets import IterableDataset
 from transformers import HfArgumentParser, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -116,17 +117,15 @@ def load_data(args: DataArguments, output_dir: str):
         train, held_out = dataset_of_files(train_files), dataset_of_files(eval_files)
         os.makedirs(output_dir, exist_ok=True)
         listing = Path(output_dir) / "heldout_images.txt"
-        unfinished = listing.with_suffix(".tmp")
+        unfinished = listing.with_suffix(f".{os.getpid()}.tmp")  # every process writes the same
         unfinished.write_text("".join(f"{file.resolve()}\n" for file in eval_files))
         os.replace(unfinished, listing)
         print(f"{len(train_files)} images to train on, {len(eval_files)} held out ({listing}).")
-    if args.streaming:
+    streams = isinstance(train, IterableDataset)
+    if streams:
         train = train.shuffle(seed=0, buffer_size=args.shuffle_buffer)
     if args.max_train_samples:
-        if args.streaming:
-            train = train.take(args.max_train_samples)
-        else:
-            train = train.select(range(min(len(train), args.max_train_samples)))
+        train = train.take(args.max_train_samples) if streams else train.take(min(len(train), args.max_train_samples))
     if args.max_eval_samples:
         held_out = held_out.select(range(min(len(held_out), args.max_eval_samples)))
     return train, held_out

@@ -13,12 +13,13 @@ class CodebookUsage(Metric):
 
     Args:
         codebook_size: number of codes.
+        **kwargs: those of `torchmetrics.Metric`.
     """
 
     full_state_update = False
 
-    def __init__(self, codebook_size: int) -> None:
-        super().__init__()
+    def __init__(self, codebook_size: int, **kwargs) -> None:
+        super().__init__(**kwargs)
         self.add_state("counts", torch.zeros(codebook_size, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, image_tokens: torch.Tensor) -> None:
@@ -46,12 +47,12 @@ def to_uint8(pixels: torch.Tensor) -> torch.Tensor:
     return (pixels.float().clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def pixel_metrics() -> MetricCollection:
+def pixel_metrics(**kwargs) -> MetricCollection:
     """PSNR (dB, averaged over images, not pooled over their pixels) and SSIM (11 px Gaussian window, borders
-    included), for pixels in [0, 1] that have been through `to_uint8`."""
+    included), for pixels in [0, 1] that have been through `to_uint8`. Keyword arguments: `torchmetrics.Metric`'s."""
     return MetricCollection(
         {
-            "psnr": PeakSignalNoiseRatio(data_range=1.0, reduction="elementwise_mean", dim=(1, 2, 3)),
-            "ssim": StructuralSimilarityIndexMeasure(data_range=1.0),
+            "psnr": PeakSignalNoiseRatio(data_range=1.0, reduction="elementwise_mean", dim=(1, 2, 3), **kwargs),
+            "ssim": StructuralSimilarityIndexMeasure(data_range=1.0, **kwargs),
         }
     )

@@ -180,6 +180,7 @@ def test_script_trains_saves_and_resumes(tmp_path, image_folder):
         "output_dir": "out",
         "max_steps": 2,
         "save_steps": 2,
+        "max_train_samples": 8,
         "per_device_train_batch_size": 4,
         "lpips_weight": 0,
         "use_cpu": True,

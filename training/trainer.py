@@ -39,9 +39,9 @@ class EvaluationMetrics:
     Keeps the first images of the pass for a picture."""
 
     def __init__(self, codebook_size: int, num_pictures: int) -> None:
-        self.pixels, self.usage = pixel_metrics(), CodebookUsage(codebook_size)
-        for metric in (*self.pixels.values(), self.usage):
-            metric.sync_on_compute = False  # Trainer hands every process the gathered batches
+        # Trainer hands every process the gathered batches: nothing to sum across processes
+        self.pixels = pixel_metrics(sync_on_compute=False)
+        self.usage = CodebookUsage(codebook_size, sync_on_compute=False)
         self.num_pictures = num_pictures
         self._pairs = []
         self.pictures = None  # originals and reconstructions of the last complete pass
