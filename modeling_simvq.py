@@ -239,10 +239,8 @@ class VectorQuantizer(nn.Module):
                 "of the encoder (fp16 overflows where bf16 does not)."
             )
         codes, half_norms, mean = self._search_table()
-        if flat.shape[0] <= _TILE_TOKENS:
-            indices = nearest_codes(flat - mean, codes, half_norms)
-        else:  # a centred copy of one tile at a time
-            indices = torch.cat([nearest_codes(z - mean, codes, half_norms) for z in flat.split(_TILE_TOKENS)])
+        # a centred copy of one tile at a time
+        indices = torch.cat([nearest_codes(z - mean, codes, half_norms) for z in flat.split(_TILE_TOKENS)])
         if self._counts is None or self._counts.device != indices.device:
             counts = torch.zeros(self.num_embeddings, dtype=torch.int64, device=indices.device)
             self._counts = counts if self._counts is None else counts + self._counts.to(indices.device)
@@ -755,7 +753,7 @@ class VQRAEModel(PreTrainedModel):
                     f"pixel_values must be in [0, 1], got {low.item():.3g} to {high.item():.3g}. They are normalised "
                     "inside the model: use its image processor, which does not."
                 )
-        return height // patch, width // patch
+        return self._grid_of(pixel_values)
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Continuous patch features for understanding: (B, 3, H, W) in [0, 1] -> (B, h * w, encoder width)."""
