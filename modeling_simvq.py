@@ -35,8 +35,10 @@ logger = logging.get_logger(__name__)
 # Nearest code
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Scores computed at a time. On a CPU a tile of 2,048 tokens x 512 codes (4 MiB) stays in cache between the matrix
-# product that writes it and the reduction that reads it; a GPU wants fewer, larger launches (32 MiB).
+# How much is computed at a time. A code is read from memory once for every tile of tokens, so 2,048 of them are enough
+# to make any product compute-bound. On a CPU the 2,048 x 512 scores of a tile (4 MiB) stay in cache between the matrix
+# product that writes them and the reduction that reads them; fewer tokens get more codes. A GPU hides the latency of
+# launches and of the one synchronisation per tile behind larger ones (32 MiB).
 _TILE_TOKENS = 2048
 _TILE_SCORES = {"cpu": 2048 * 512}
 _TILE_SCORES_ACCELERATOR = 8 * 2048 * 512
@@ -51,7 +53,9 @@ def _relative_error(dim: int, device: torch.device) -> float:
 
 
 @torch.no_grad()
-def nearest_codes(latents: torch.Tensor, codes: torch.Tensor, half_norms: torch.Tensor) -> torch.Tensor:
+def nearest_codes(
+    latents: torch.Tensor, codes: torch.Tensor, half_norms: torch.Tensor, mean: torch.Tensor
+) -> torch.Tensor:
     r"""Index of the nearest code by L2 distance, as float64 arithmetic gives it; ties go to the lowest index.
 
     `argmin_i ||z - e_i||^2 = argmin_i (||e_i||^2 / 2 - z.e_i)`, searched in fp32 over tiles of tokens x codes with a
@@ -59,10 +63,10 @@ def nearest_codes(latents: torch.Tensor, codes: torch.Tensor, half_norms: torch.
     twice the rounding error of fp32 is decided among the codes in that margin in float64.
 
     Args:
-        latents: (tokens, dim), float32. Translate latents and codes by the codes' mean first: rounding errors grow
-            with the norms.
-        codes: (codes, dim), float32.
-        half_norms: (codes,), float32, `||e_i||^2 / 2`.
+        latents: (tokens, dim), float32.
+        codes: (codes, dim), float32, minus `mean`: rounding errors grow with the norms, a common offset is none.
+        half_norms: (codes,), float32, `||e_i||^2 / 2` of `codes`.
+        mean: (dim,), float32.
 
     Returns:
         (tokens,), int64. 0 for a token with a NaN.
@@ -75,7 +79,7 @@ def nearest_codes(latents: torch.Tensor, codes: torch.Tensor, half_norms: torch.
     tile_scores = _TILE_SCORES.get(device.type, _TILE_SCORES_ACCELERATOR)
 
     for start in range(0, num_tokens, _TILE_TOKENS):
-        z = latents[start : start + _TILE_TOKENS]
+        z = latents[start : start + _TILE_TOKENS] - mean
         best = torch.full((z.shape[0],), math.inf, device=device)
         runner_up = best.clone()
         index = indices[start : start + _TILE_TOKENS]
@@ -90,7 +94,7 @@ def nearest_codes(latents: torch.Tensor, codes: torch.Tensor, half_norms: torch.
             # Only tokens that found a nearer code need its index: in random order, about ln(number of tiles) times.
             rows = (minimum < best).nonzero().squeeze(1)
             if rows.numel():
-                improved = scores[rows]
+                improved = scores[rows] if rows.numel() < z.shape[0] else scores
                 values, columns = improved.min(1)
                 improved.scatter_(1, columns[:, None], math.inf)
                 runner_up[rows] = torch.minimum(runner_up[rows], improved.amin(1))
@@ -135,6 +139,18 @@ def _decide_in_float64(
 # ---------------------------------------------------------------------------------------------------------------------
 # Quantizers
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+class StraightThrough(torch.autograd.Function):
+    """`z + (codes - z).detach()` without its rounding: the value is the code, to the bit, and the gradient goes to z."""
+
+    @staticmethod
+    def forward(ctx, z: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        return codes.view_as(codes)
+
+    @staticmethod
+    def backward(ctx, grad_z_q: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad_z_q, None
 
 
 class VectorQuantizer(nn.Module):
@@ -215,13 +231,14 @@ class VectorQuantizer(nn.Module):
             indices = self._search(flat.detach())
             # the gradient of the projection comes from the chosen rows alone
             codes = self.project(F.embedding(indices, self.embedding.weight).float())
-            to_z, to_codes = F.mse_loss(flat, codes.detach()), F.mse_loss(codes, flat.detach())
+            to_z = F.mse_loss(flat, codes.detach())
+            # the same number; only its gradient is another one
+            to_codes = F.mse_loss(codes, flat.detach()) if codes.requires_grad else to_z.detach()
             if self.legacy:
                 vq_loss = to_z + self.commitment_cost * to_codes
             else:
                 vq_loss = self.commitment_cost * to_z + to_codes
-            # z + (codes - z).detach() without its rounding: the value is the code, to the bit
-            z_q = codes.detach() + (flat - flat.detach())
+            z_q = StraightThrough.apply(flat, codes)
         z_q = z_q.to(z.dtype).reshape(last.shape)
         if z.ndim == 4:
             z_q = z_q.permute(0, 3, 1, 2).contiguous()
@@ -230,7 +247,7 @@ class VectorQuantizer(nn.Module):
     @torch.compiler.disable  # sizes here depend on the data
     @torch.no_grad()
     def _search(self, flat: torch.Tensor) -> torch.Tensor:
-        nonfinite = (~flat.isfinite().all(1)).sum()
+        nonfinite = (~torch.linalg.vector_norm(flat, ord=math.inf, dim=1).isfinite()).sum()  # no copy of flat
         if self.training:
             self._num_nonfinite = nonfinite + (0 if self._num_nonfinite is None else self._num_nonfinite)
         elif nonfinite:
@@ -238,9 +255,7 @@ class VectorQuantizer(nn.Module):
                 f"{nonfinite.item()} of {flat.shape[0]} latents hold NaN or infinity: check the pixels, and the dtype "
                 "of the encoder (fp16 overflows where bf16 does not)."
             )
-        codes, half_norms, mean = self._search_table()
-        # a centred copy of one tile at a time
-        indices = torch.cat([nearest_codes(z - mean, codes, half_norms) for z in flat.split(_TILE_TOKENS)])
+        indices = nearest_codes(flat, *self._search_table())
         if self._counts is None or self._counts.device != indices.device:
             counts = torch.zeros(self.num_embeddings, dtype=torch.int64, device=indices.device)
             self._counts = counts if self._counts is None else counts + self._counts.to(indices.device)

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import modeling_simvq
 from modeling_simvq import SimVQ, VectorQuantizer
@@ -246,3 +247,54 @@ def test_indices_outside_the_codebook_are_refused(indices):
 def test_empty_codebook_is_refused():
     with pytest.raises(ValueError, match="num_embeddings"):
         SimVQ(0, 8)
+
+
+def test_index_of_the_fp32_formula_wherever_rounding_does_not_decide():
+    """... and where it does, a code that is at least as near in float64."""
+    torch.manual_seed(0)
+    quantizer, z = SimVQ(5000, 48), torch.randn(3000, 48)
+    ours, theirs = quantizer(z[None])[2][0], naive(quantizer, z)[2]
+    rows = (ours != theirs).nonzero().squeeze(1)
+    assert len(rows) < 5
+    distances = double_distances(quantizer, z[rows])
+    assert (distances.gather(1, ours[rows, None]) <= distances.gather(1, theirs[rows, None]) * (1 + 1e-7)).all()
+
+
+class LargestResult(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and "view" not in str(func) and func is not torch.ops.aten.t.default:
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("codes, tokens", [(3000, 200), (12000, 200), (3000, 2000)])
+def test_memory_of_the_search_grows_neither_with_codes_nor_with_tokens(monkeypatch, codes, tokens):
+    monkeypatch.setattr(modeling_simvq, "_TILE_TOKENS", 100)
+    monkeypatch.setattr(modeling_simvq, "_TILE_SCORES", {"cpu": 2500})
+    quantizer, z = SimVQ(codes, 8).eval(), torch.randn(tokens, 8)
+    table = quantizer._search_table()
+    with LargestResult() as largest:
+        modeling_simvq.nearest_codes(z, *table)
+    assert largest.elements <= 2500
+
+
+def test_nothing_of_the_codebooks_size_is_kept_for_the_backward_pass():
+    quantizer, z = SimVQ(3000, 8), torch.randn(1, 50, 8, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.numel()) or tensor, lambda t: t):
+        z_q, loss, _ = quantizer(z)
+    assert max(saved) <= 50 * 8
+    (z_q.sum() + loss).backward()
+    assert quantizer.embedding_proj.weight.grad.abs().sum() > 0
+
+
+def test_entries_project_the_chosen_rows_alone():
+    quantizer = SimVQ(3000, 8)
+    with LargestResult() as largest:
+        quantizer.get_codebook_entry(torch.tensor([[5, 2999]]))
+    assert largest.elements <= 2 * 8
