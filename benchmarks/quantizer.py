@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Time and memory of SimVQ against other ways to compute the same thing.
 
-    python benchmarks/quantizer.py                          # everything, about 12 minutes on 2 cores
+    python benchmarks/quantizer.py                          # everything, about 20 minutes on 2 cores
     python benchmarks/quantizer.py --sections table --rows 2048,65536,128
 
 Sections:
@@ -12,6 +12,8 @@ table   forward in eval mode, forward in training, and forward + backward, again
 growth  time and memory of ours over the number of codes and of tokens, as a plot.
 model   the quantizer's share of `encode` beside a SigLIP2-so400m-sized encoder (random weights), and the memory of a
         training step of the quick-start model with 262,144 codes.
+tried   what was not kept: the rate of bf16 products (for a shortlist), torch.compile of a tile, and norms of the codes
+        through a triangular factor of W instead of their projection.
 
 Every method runs in a process of its own. The processes of a row take turns, one step each, so that all meet the same
 machine; given are medians. Memory is the peak of the first step above what the process held before it (codebook and
@@ -56,7 +58,9 @@ class Reference(torch.nn.Module):
 
     def forward(self, z):
         projected = self.projection(self.codebook)
-        distances = z.pow(2).sum(1, keepdim=True) + projected.pow(2).sum(1) - 2 * torch.einsum("bd,nd->bn", z, projected)
+        distances = (
+            z.pow(2).sum(1, keepdim=True) + projected.pow(2).sum(1) - 2 * torch.einsum("bd,nd->bn", z, projected)
+        )
         indices = distances.argmin(1)
         z_q = F.embedding(indices, projected)
         loss = 0.25 * (z_q.detach() - z).pow(2).mean() + (z_q - z.detach()).pow(2).mean()
@@ -183,7 +187,8 @@ def worker(task: dict) -> None:
         arguments = [task[name] for name in ("method", "mode", "tokens", "codes", "dim")]
         quantizer_step(task["method"], task["mode"], 64, 64, task["dim"], device)()
         step = quantizer_step(*arguments, device)
-    print(json.dumps({"peak": peak_above_baseline(step, device)}), flush=True)
+    peak = peak_above_baseline(step, device)
+    print(json.dumps({"peak": peak, "process": None if peak is None else status("VmHWM")}), flush=True)
     start = now(task["device"])
     step()
     steps = math.ceil(0.2 / (now(task["device"]) - start))
@@ -197,12 +202,12 @@ def worker(task: dict) -> None:
 def side_by_side(tasks: dict[str, dict], repeats: int, progress) -> dict[str, dict]:
     """Runs the tasks in turns; for each the peak memory in MB and the median of the seconds."""
     processes = {}
-    peaks, seconds = {}, {name: [] for name in tasks}
+    memory, seconds = {}, {name: [] for name in tasks}
     try:
         for name, task in tasks.items():  # one after the other: none is disturbed while it warms up
             command = [sys.executable, __file__, "--worker", json.dumps(task)]
             processes[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            peaks[name] = answer(name, processes[name])["peak"]
+            memory[name] = answer(name, processes[name])
         for _ in range(repeats):
             for name, process in processes.items():
                 process.stdin.write("\n")
@@ -213,7 +218,7 @@ def side_by_side(tasks: dict[str, dict], repeats: int, progress) -> dict[str, di
         for process in processes.values():
             process.kill()
             process.wait()
-    return {name: {"peak": peaks[name], "seconds": statistics.median(seconds[name])} for name in tasks}
+    return {name: memory[name] | {"seconds": statistics.median(seconds[name])} for name in tasks}
 
 
 def answer(name: str, process) -> dict:
@@ -296,7 +301,11 @@ def growth(args) -> None:
                 top.loglog([x for x, *_ in found[method]], [s for _, s, *_ in found[method]], style, label=method)
             (x0, t0, *_), (x1, t1, *_) = found["ours"][-3], found["ours"][-1]
             top.loglog(
-                [x for x, *_ in found["ours"]], [t1 * x / x1 for x, *_ in found["ours"]], ":", label="linear", color="gray"
+                [x for x, *_ in found["ours"]],
+                [t1 * x / x1 for x, *_ in found["ours"]],
+                ":",
+                label="linear",
+                color="gray",
             )
             exponent = torch.tensor(t1 / t0).log() / torch.tensor(x1 / x0).log()
             print(f"time grows with the number of {name} to the power of {exponent:.2f} (last three sizes)")
@@ -354,8 +363,60 @@ def model(args) -> None:
         tasks = {"": {"training_step": codes, "device": "cpu"}}
         result = side_by_side(tasks, args.repeats, progress)[""]
     print(
-        f"training step of the quick-start model (batch 32, AdamW, CPU) with {codes:,} codes: {result['seconds']:.2f} s, "
-        f"{number(result['peak'], ',.0f')} MB above the process with model, torch and transformers loaded"
+        f"training step of the quick-start model (batch 32, AdamW, CPU) with {codes:,} codes: {result['seconds']:.2f} "
+        f"s, {number(result['process'], ',.0f')} MB for the whole process, {number(result['peak'], ',.0f')} MB of them "
+        "for the first step"
+    )
+
+
+def tried(args) -> None:
+    device = args.device
+
+    def milliseconds(step) -> float:
+        step(), step()
+        seconds = []
+        for _ in range(4 * args.repeats):
+            start = now(device)
+            step()
+            seconds.append(now(device) - start)
+        return 1e3 * statistics.median(seconds)
+
+    def tile_minimum(z, codes, half_norms):
+        return torch.addmm(half_norms, z, codes.T, alpha=-1).amin(1)
+
+    tokens, dim, codes = 2048, 1536, 4096
+    z, codebook = torch.randn(tokens, dim, device=device), torch.randn(codes, dim, device=device)
+    low = z.bfloat16(), codebook.bfloat16()
+    operations = 2 * tokens * dim * codes / 1e6
+    print(
+        f"products of {tokens:,} x {dim:,} x {codes:,}: fp32 {operations / milliseconds(lambda: z @ codebook.T):.0f} "
+        f"GFLOP/s, bf16 {operations / milliseconds(lambda: low[0] @ low[1].T):.0f} GFLOP/s"
+    )
+    compiled = torch.compile(tile_minimum)
+    for dim in (128, 1536):
+        arguments = torch.randn(2048, dim, device=device), torch.randn(512, dim, device=device)
+        arguments += (arguments[1].square().sum(1) / 2,)
+        print(
+            f"a tile of 2,048 x 512 x {dim:,}: {milliseconds(lambda a=arguments: tile_minimum(*a)):.2f} ms, compiled "
+            f"{milliseconds(lambda a=arguments: compiled(*a)):.2f} ms"
+        )
+    dim, block = 1536, 256
+    weight, projected = torch.randn(dim, dim, device=device), torch.empty_like(codebook)
+
+    def triangular():  # |W c|^2 = |R c|^2 with W = Q R, by blocks of R's rows, without what is zero
+        factor = torch.linalg.qr(weight, mode="r").R.T
+        norms = torch.zeros(codes, device=device)
+        for first in range(0, dim, block):
+            norms += (codebook[:, first:] @ factor[first:, first : first + block]).square().sum(1)
+
+    def plain():
+        torch.mm(codebook, weight.T, out=projected).square().sum(1)
+
+    print(
+        f"norms of {codes:,} codes of {dim:,} dimensions: projected {milliseconds(plain):.0f} ms, through a triangular "
+        f"factor {milliseconds(triangular):.0f} ms, and then the tokens' own product with W: "
+        f"{milliseconds(lambda: z @ weight):.0f} ms in fp32, {milliseconds(lambda: z.double() @ weight.double()):.0f} "
+        "ms in float64 (fp32 would widen the rounding bound of the search beyond use)"
     )
 
 
@@ -367,7 +428,8 @@ def now(device: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sections", nargs="+", default=["table", "growth", "model"], choices=["table", "growth", "model"])
+    sections = {"table": table, "growth": growth, "model": model, "tried": tried}
+    parser.add_argument("--sections", nargs="+", default=list(sections), choices=list(sections), help="Default: all.")
     parser.add_argument("--rows", nargs="+", default=ROWS, help="tokens,codes,dim of each row of the table.")
     parser.add_argument("--repeats", type=int, default=5, help="Timed steps after the warm-up (default: 5).")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda.")
@@ -381,7 +443,7 @@ def main() -> None:
     where = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
     print(f"torch {torch.__version__}, {where}, fp32, median of {args.repeats}\n")
     for section in args.sections:
-        {"table": table, "growth": growth, "model": model}[section](args)
+        sections[section](args)
 
 
 if __name__ == "__main__":
