@@ -46,6 +46,11 @@ class VQRAEConfig(PreTrainedConfig):
             Which of its two terms beta weighs; see [`SimVQ`].
         use_simvq (`bool`, defaults to `True`):
             `False`: a plain learnable codebook (VQGAN), the baseline that collapses.
+        codebook_init (`str`, defaults to `"gaussian"`):
+            Where the codes start: `"gaussian"` as in the reference, or `"kmeans"`, fitted to the latents of images by
+            [`VQRAEModel.initialize_codebook`], which has to be called.
+        codebook_init_latents (`int`, *optional*):
+            The number of latents to which the codes were fitted; `None` as long as they were not.
         freeze_encoder (`bool`, defaults to `True`):
             Keep the encoder without gradients and in eval mode (stage 1); `False` trains it (stage 2).
         decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads, decoder_intermediate_size
@@ -92,6 +97,8 @@ class VQRAEConfig(PreTrainedConfig):
     commitment_cost: float | int = 0.25
     legacy: bool = True
     use_simvq: bool = True
+    codebook_init: str = "gaussian"
+    codebook_init_latents: int | None = None
     freeze_encoder: bool = True
     decoder_hidden_size: int | None = None
     decoder_num_hidden_layers: int | None = None
@@ -162,6 +169,10 @@ class VQRAEConfig(PreTrainedConfig):
         for name in ("commitment_cost", "noise_tau", "initializer_range"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if self.codebook_init not in ("gaussian", "kmeans"):
+            raise ValueError(f"codebook_init must be 'gaussian' or 'kmeans', got '{self.codebook_init}'.")
+        if self.codebook_init == "kmeans" and not self.use_simvq:
+            raise ValueError("codebook_init='kmeans' needs use_simvq=True.")
         if self.decoder_hidden_size % self.decoder_num_attention_heads:
             raise ValueError(
                 f"decoder_hidden_size {self.decoder_hidden_size} is not a multiple of decoder_num_attention_heads "

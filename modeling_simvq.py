@@ -8,7 +8,7 @@ github.com/bytetriper/RAE). Method and output names follow the tokenizers of tra
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -136,13 +136,43 @@ def _decide_in_float64(
     return indices
 
 
+@torch.no_grad()
+def kmeans(samples: torch.Tensor, num_clusters: int, iterations: int, generator: torch.Generator) -> torch.Tensor:
+    """Lloyd's algorithm from random samples, with the exact search of `nearest_codes`.
+
+    Args:
+        samples: (N, dim), float32, N >= `num_clusters`.
+        num_clusters: number of centroids.
+        iterations: assignments to make.
+        generator: on the CPU; draws the first centroids and replaces centroids that got no sample by samples.
+
+    Returns:
+        (num_clusters, dim), float32, each the mean of the samples nearest to its predecessor.
+    """
+    order = torch.randperm(len(samples), generator=generator)[:num_clusters].to(samples.device)
+    centroids = samples[order]
+    for _ in logging.tqdm(range(iterations), desc=f"k-means, {num_clusters:,} codes of {len(samples):,} latents"):
+        mean = centroids.mean(0)
+        centered = centroids - mean
+        nearest = nearest_codes(samples, centered, centered.square().sum(1) / 2, mean)
+        counts = torch.bincount(nearest, minlength=num_clusters)
+        sums = torch.zeros(num_clusters, samples.shape[1], dtype=torch.float64, device=samples.device)
+        for rows, part in zip(nearest.split(_TILE_TOKENS), samples.split(_TILE_TOKENS)):
+            sums.index_add_(0, rows, part.double())
+        centroids = (sums / counts.clamp_min(1)[:, None]).float()
+        empty = (counts == 0).nonzero().squeeze(1)
+        drawn = torch.randint(len(samples), (len(empty),), generator=generator).to(samples.device)
+        centroids[empty] = samples[drawn]  # more of them where the samples are dense
+    return centroids
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Quantizers
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class StraightThrough(torch.autograd.Function):
-    """`z + (codes - z).detach()` without its rounding: the value is the code, to the bit, and the gradient goes to z."""
+    """`z + (codes - z).detach()` without its rounding: the value is the code to the bit, the gradient goes to z."""
 
     @staticmethod
     def forward(ctx, z: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
@@ -395,6 +425,50 @@ class SimVQ(VectorQuantizer):
         init.kaiming_uniform_(self.embedding_proj.weight, a=math.sqrt(5))
         bound = self.embedding_dim**-0.5
         init.uniform_(self.embedding_proj.bias, -bound, bound)
+
+    @torch.no_grad()
+    def fit(self, samples: torch.Tensor, iterations: int = 8, seed: int = 0) -> None:
+        r"""Makes the codes the k-means centroids of `samples`, split into a frozen codebook of whitened centroids and
+        a W and b that un-whiten them.
+
+        With the samples' mean `m` and covariance `S`, a centroid `k` becomes the codebook entry
+        `c = S^-1/2 (k - m) / sqrt(dim)`, and `W = sqrt(dim) S^1/2`, `b = m`, so that `W c + b = k`: entries have the
+        scale of the Gaussian ones. Where every code is the mean of the latents nearest to it, the loss of the codebook
+        has no gradient in W and b. Our choice; after it the codebook is as frozen as before.
+
+        Args:
+            samples: (N, embedding_dim), floating point, N >= num_embeddings; 16 to 32 a code are enough.
+            iterations: of k-means.
+            seed: of the draw of the first centroids.
+
+        Raises:
+            ValueError: fewer samples than codes, another width, or NaN or infinity among them.
+        """
+        if samples.ndim != 2 or samples.shape[1] != self.embedding_dim:
+            raise ValueError(f"samples must be (N, {self.embedding_dim}), got {tuple(samples.shape)}.")
+        if len(samples) < self.num_embeddings:
+            raise ValueError(
+                f"{len(samples)} latents cannot initialize {self.num_embeddings} codes: pass more images, or have "
+                "fewer codes."
+            )
+        if not samples.isfinite().all():
+            raise ValueError("The latents hold NaN or infinity: check the pixels, and the dtype of the encoder.")
+        with torch.autocast(device_type=samples.device.type, enabled=False):
+            samples = samples.float()
+            centroids = kmeans(samples, self.num_embeddings, iterations, torch.Generator().manual_seed(seed))
+            mean = samples.mean(0)
+            covariance = sum(((part - mean).T @ (part - mean)).double() for part in samples.split(_TILE_TOKENS))
+            variances, directions = torch.linalg.eigh(covariance / len(samples))
+            # directions without variance (LayerNorm leaves one) are left alone, not blown up
+            scale = (variances.clamp_min(1e-6 * variances[-1].clamp_min(1e-12)) * self.embedding_dim).sqrt()
+            weight = (directions * scale) @ directions.T
+            whiten = (directions / scale) @ directions.T
+            for start in range(0, len(centroids), _TILE_TOKENS):
+                rows = slice(start, start + _TILE_TOKENS)
+                self.embedding.weight[rows] = ((centroids[rows] - mean).double() @ whiten).to(self.embedding.weight)
+            self.embedding_proj.weight.copy_(weight)
+            self.embedding_proj.bias.copy_(mean)
+        self.reset_codebook_usage()
 
     def project(self, codes: torch.Tensor) -> torch.Tensor:
         return F.linear(codes, self.embedding_proj.weight.float(), self.embedding_proj.bias.float())
@@ -742,6 +816,65 @@ class VQRAEModel(PreTrainedModel):
             raise ValueError(f"{pretrained_model_name_or_path} lacks {len(missing)} weights, first {missing[:3]}.")
         model.encoder.load_state_dict({name: weights[name] for name in own})
         return model
+
+    @torch.no_grad()
+    def initialize_codebook(
+        self,
+        batches: Iterable[torch.Tensor | dict[str, torch.Tensor]],
+        latents_per_code: int = 32,
+        iterations: int = 8,
+        seed: int = 0,
+    ) -> None:
+        """Fits the codes to the latents of images, see [`SimVQ.fit`]; on frozen features a Gaussian codebook collapses.
+
+        One pass over `batches`, of which a uniform sample of `latents_per_code * codebook_size` latents is kept, 2 GiB
+        of them at most. With several processes each passes batches of its own, all use the sample of all, and the first
+        one's result is every one's. Sets `config.codebook_init` and `config.codebook_init_latents`.
+
+        Args:
+            batches: pixels (B, channels, height, width) in [0, 1], or dicts that hold them as `pixel_values`.
+            latents_per_code: size of the sample for each code.
+            iterations: of k-means.
+            seed: of the sample and of k-means; the same seed and batches give the same codebook.
+
+        Raises:
+            ValueError: a plain codebook; fewer latents than codes; latents that are not finite.
+        """
+        if not self.config.use_simvq:
+            raise ValueError("initialize_codebook needs use_simvq=True.")
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        num_processes = torch.distributed.get_world_size() if distributed else 1
+        rank = torch.distributed.get_rank() if distributed else 0
+        dim, device = self.config.latent_size, self.quantizer.embedding.weight.device
+        size = math.ceil(min(latents_per_code * self.config.codebook_size, 2**31 // (4 * dim)) / num_processes)
+        sample, seen = torch.empty(size, dim, device=device), 0
+        generator = torch.Generator().manual_seed(seed * num_processes + rank)
+        was_training = self.training
+        self.eval()
+        for batch in batches:
+            pixels = batch if isinstance(batch, torch.Tensor) else batch["pixel_values"]
+            latents = self.project_in(self.get_image_features(pixels.to(device))).flatten(0, 1).float()
+            # reservoir sampling (Vitter 1985, algorithm R): the i-th latent takes a random place of i, if it exists
+            position = torch.arange(seen, seen + len(latents))
+            place = torch.where(
+                position < size, position, (torch.rand(len(latents), generator=generator) * (position + 1)).long()
+            )
+            kept = (place < size).nonzero().squeeze(1)
+            # of several for one place the last one stays
+            last = dict(zip(place[kept].tolist(), kept.tolist()))
+            sample[list(last)] = latents[list(last.values())]
+            seen += len(latents)
+        self.train(was_training)
+        sample = sample[:seen]
+        if distributed:
+            samples = [None] * num_processes
+            torch.distributed.all_gather_object(samples, sample.cpu())
+            sample = torch.cat(samples).to(device)
+        self.quantizer.fit(sample, iterations, seed)
+        if distributed:
+            for tensor in self.quantizer.state_dict().values():
+                torch.distributed.broadcast(tensor, 0)
+        self.config.codebook_init, self.config.codebook_init_latents = "kmeans", len(sample)
 
     def _grid(self, pixel_values: torch.Tensor) -> tuple[int, int]:
         """Checks pixels; the grid (h, w) of their tokens."""

@@ -44,6 +44,13 @@ class ModelArguments:
             'as {"codebook_size": 4096, "freeze_encoder": false}.'
         },
     )
+    codebook_init: str = field(
+        default="kmeans",
+        metadata={
+            "help": "Where the codes of a new model start: kmeans fits them to latents of training images, which takes "
+            "a while and keeps them in use; gaussian is the SimVQ reference's, which collapses on frozen features."
+        },
+    )
     image_size: int | None = field(
         default=None, metadata={"help": "Side of the images in pixels (default: what the encoder or config says)."}
     )
@@ -94,6 +101,8 @@ def load_model(args: ModelArguments) -> VQRAEModel:
     config = dict(args.model_config or {})
     if args.image_size is not None:
         config["image_size"] = args.image_size
+    if not args.model_name_or_path and config.get("use_simvq", True):
+        config.setdefault("codebook_init", args.codebook_init)
     if args.encoder_name_or_path:
         print(f"Loading the encoder {args.encoder_name_or_path} (downloaded if it is on the hub and not cached).")
         model = VQRAEModel.from_encoder_pretrained(args.encoder_name_or_path, **config)

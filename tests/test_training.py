@@ -89,10 +89,13 @@ def test_log_and_evaluation(tmp_path, image_folder):
         assert picture.size == (8 * 34 + 2, 4 * 34 + 2)
 
 
-def test_resume_equals_an_uninterrupted_run(tmp_path, image_folder):
+@pytest.mark.parametrize("freeze_encoder", [True, False])
+def test_resume_equals_an_uninterrupted_run(tmp_path, image_folder, freeze_encoder):
+    """Interrupted between two epochs; DINOv2, whose attention has other names in files than in modules."""
+
     def train(output_dir, checkpoint=None):
-        torch.manual_seed(0)
-        model = VQRAEModel(tiny_config())
+        torch.manual_seed(0 if checkpoint is None else 1)  # everything comes from the checkpoint
+        model = VQRAEModel(tiny_config("dinov2", freeze_encoder=freeze_encoder))
         trainer = make_trainer(
             model, image_folder, output_dir, max_steps=4, save_steps=2, gradient_accumulation_steps=2, seed=1
         )
@@ -102,6 +105,18 @@ def test_resume_equals_an_uninterrupted_run(tmp_path, image_folder):
     whole = train(tmp_path / "whole")
     resumed = train(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-2"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_best_model_is_loaded_whole_at_the_end(tmp_path, image_folder):
+    model = VQRAEModel(tiny_config("dinov2", freeze_encoder=False))
+    trainer = make_trainer(
+        model, image_folder, tmp_path, max_steps=3, save_steps=1, eval_steps=1, eval_strategy="steps",
+        load_best_model_at_end=True, metric_for_best_model="psnr", greater_is_better=True, learning_rate=1.0,
+    )  # fmt: skip
+    trainer.train()  # at this rate the first step is not the worst
+    best = VQRAEModel.from_pretrained(trainer.state.best_model_checkpoint).state_dict()
+    assert not trainer.state.best_model_checkpoint.endswith("checkpoint-3")
+    assert all(torch.equal(tensor, best[name]) for name, tensor in trainer.model.state_dict().items())
 
 
 def test_losses_equal_their_formulas():
@@ -206,7 +221,7 @@ def test_script_trains_saves_and_resumes(tmp_path, image_folder):
 
 
 def test_two_processes_train_the_same_weights(tmp_path, image_folder):
-    """torchrun with 2 gloo ranks: one codebook, equal weights."""
+    """torchrun with 2 gloo ranks: one codebook, fitted to the images of both, equal weights."""
     program = tmp_path / "program.py"
     program.write_text(f"""
 import sys
@@ -216,8 +231,9 @@ from conftest import tiny_config
 from modeling_simvq import VQRAEModel
 from test_training import make_trainer
 torch.manual_seed(0)
-trainer = make_trainer(VQRAEModel(tiny_config()), {str(image_folder)!r}, "out")
+trainer = make_trainer(VQRAEModel(tiny_config(codebook_init="kmeans")), {str(image_folder)!r}, "out")
 trainer.train()
+assert trainer.model.config.codebook_init_latents == 64 * 32
 metrics = trainer.evaluate()
 rank = trainer.args.process_index
 result = {{"state": trainer.model.state_dict(), "metrics": metrics, "log": trainer.state.log_history}}

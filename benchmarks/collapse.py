@@ -1,0 +1,452 @@
+#!/usr/bin/env python
+"""Why the codes of a tokenizer fall out of use on frozen features, and what keeps them in use.
+
+    python benchmarks/collapse.py --encoder DINOV2_SMALL --data PHOTOS EMOJI --output_dir runs/collapse
+
+Three parts, each a table in results.md (configs/collapse.json holds every number; --config for others):
+
+quantizer  the quantizer alone on features of a frozen encoder, no decoder: how the codes start, and the learning rate
+           of W; only the loss of the codebook moves anything.
+stage1     encoder frozen, quantizer and decoder trained with L1 + L2 pixels and the loss of the quantizer: a plain
+           learnable codebook, SimVQ as in the reference, and SimVQ with k-means codes, at several sizes, each for the
+           same steps.
+joint      a small ViT from random weights trained with quantizer and decoder.
+
+Images are split by file name up to the first '-' (one photograph gives many crops). Random crops of the training
+images are encoded once (float16 features on disk): the encoder is frozen, and every run meets the same crops in the
+same order. All is kept in --output_dir: an interrupted run goes on with the part, and the crops, that are missing.
+
+Usage is the share of codes used, and perplexity exp of the entropy of their frequencies, over the latest tokens of
+training (64 per code once there were as many), and over all crops now and then. Distortion is the mean squared error
+of the quantizer divided by the variance of the features. PSNR and LPIPS (AlexNet, if its weights are there) are of
+held-out images.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # `python benchmarks/collapse.py` from a clone
+
+from eval.images import find_images  # noqa: E402
+from eval.metrics import codebook_statistics, to_uint8  # noqa: E402
+from eval.pictures import save_pairs  # noqa: E402
+from image_processing_simvq import VQRAEImageProcessor  # noqa: E402
+from modeling_simvq import SimVQ, VectorQuantizer, VQRAEConfig, VQRAEModel  # noqa: E402
+from training.data import EvalTransform, TrainTransform, split_files  # noqa: E402
+from training.trainer import CodebookWindow  # noqa: E402
+
+
+QUANTIZERS = {"plain codebook": {"use_simvq": False}, "SimVQ, Gaussian": {}, "SimVQ, k-means": {}}
+CHUNK = 1024  # crops in a file
+
+
+def write(path: Path, save) -> None:
+    """Writes a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"unfinished-{path.name}")
+    save(unfinished)
+    os.replace(unfinished, path)
+
+
+# Data ----------------------------------------------------------------------------------------------------------------
+
+
+class Crops:
+    """Random crops of the training images with their features, and held-out images with theirs.
+
+    Attributes:
+        pixels: (crops, 3, size, size), uint8.
+        features: (crops, tokens, width), float16.
+        held_out: the same for held-out images, as `(pixels, features)`, float32.
+    """
+
+    def __init__(self, settings: dict, model: VQRAEModel, folders: list[str], cache: Path) -> None:
+        train, held_out = [], []
+        for folder in folders:
+            parts = split_files(find_images(folder), settings["holdout"], "-")
+            train += parts[0]
+            step = max(1, len(parts[1]) // settings["held_out_per_folder"])
+            held_out += parts[1][::step][: settings["held_out_per_folder"]]
+        print(f"{len(train)} images to train on, {len(held_out)} held out.")
+        transform = TrainTransform(settings["image_size"], settings["min_crop_area"])
+        files = []
+        for start in tqdm(range(0, settings["crops"], CHUNK), desc="Encoding crops", unit="chunk"):
+            files.append(cache / f"crops-{start:07d}.safetensors")
+            if files[-1].exists():
+                continue
+            torch.manual_seed(start)
+            count = min(CHUNK, settings["crops"] - start)
+            chosen = torch.randint(len(train), (count,)).tolist()
+            pixels = torch.stack(transform({"image": [record(train[i]) for i in chosen]})["pixel_values"])
+            chunk = {"pixels": to_uint8(pixels), "features": encode(model, to_uint8(pixels)).half()}
+            write(files[-1], lambda path, chunk=chunk: save_file(chunk, path))
+        chunks = [load_file(file) for file in files]
+        self.pixels = torch.cat([chunk["pixels"] for chunk in chunks])
+        self.features = torch.cat([chunk["features"] for chunk in chunks])
+        processor = VQRAEImageProcessor.for_image_size(settings["image_size"])
+        pixels = torch.stack(EvalTransform(processor)({"image": [record(file) for file in held_out]})["pixel_values"])
+        self.held_out = pixels, encode(model, to_uint8(pixels))
+
+    def latents(self, count: int) -> torch.Tensor:
+        """The features of the first crops, about (count, width), float32."""
+        return self.features[: math.ceil(count / self.features.shape[1])].float().flatten(0, 1)
+
+
+def record(file: Path) -> dict:
+    return {"path": str(file), "bytes": None}
+
+
+@torch.no_grad()
+def encode(model: VQRAEModel, pixels: torch.Tensor) -> torch.Tensor:
+    return torch.cat([model.get_image_features(part.float() / 255) for part in pixels.split(64)])
+
+
+# Measuring -----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def count_codes(quantizer: VectorQuantizer, features: torch.Tensor, description: str) -> torch.Tensor:
+    """(codes,) tokens of each code over (images, tokens, width) features."""
+    quantizer.eval()
+    quantizer.reset_codebook_usage()
+    for part in tqdm(features.split(32), desc=description, unit="batch", leave=False):
+        quantizer(part.float())
+    counts = quantizer.get_codebook_counts().clone()
+    quantizer.reset_codebook_usage()
+    quantizer.train()
+    return counts
+
+
+@torch.no_grad()
+def distortion(quantizer: VectorQuantizer, latents: torch.Tensor) -> float:
+    """Mean squared error of the quantizer over the variance of (images, tokens, width) latents."""
+    quantizer.eval()
+    quantized = torch.cat([quantizer(part)[0] for part in latents.split(32)])
+    quantizer.reset_codebook_usage()
+    quantizer.train()
+    variance = (latents - latents.mean((0, 1))).square().mean()
+    return (F.mse_loss(quantized, latents) / variance).item()
+
+
+class Reconstruction:
+    """PSNR and, where its weights can be had, LPIPS of held-out images."""
+
+    def __init__(self, pixels: torch.Tensor) -> None:
+        from eval.reconstruction import build_network_metrics
+
+        self.pixels = to_uint8(pixels) / 255
+        self.lpips = build_network_metrics(["lpips_alex"], None, torch.device("cpu"))[0].get("lpips_alex")
+
+    def __call__(self, reconstruction: torch.Tensor) -> dict[str, float | None]:
+        rounded = to_uint8(reconstruction) / 255
+        psnr = -10 * (rounded - self.pixels).square().mean((1, 2, 3)).clamp_min(1e-10).log10()
+        lpips = None
+        if self.lpips:
+            self.lpips.reset()
+            for parts in zip(rounded.split(32), self.pixels.split(32)):
+                self.lpips.update(*parts)
+            lpips = self.lpips.compute().item()
+        return {"psnr": psnr.mean().item(), "lpips": lpips}
+
+
+# Runs ----------------------------------------------------------------------------------------------------------------
+
+
+def start_codes(name: str, quantizer: VectorQuantizer, latents: torch.Tensor, run: dict) -> None:
+    """The ways in which codes can start, on (N, dim) latents."""
+    if name == "SimVQ, k-means":
+        quantizer.fit(latents, run["iterations"])
+    elif name == "SimVQ, drawn latents":
+        quantizer.fit(latents, 0)
+    elif name == "SimVQ, Gaussian, W and b matched":
+        gaussian = quantizer.embedding.weight.clone()
+        quantizer.fit(latents, 0)
+        quantizer.embedding.weight.copy_(gaussian)
+
+
+def rate_at(step: int, steps: int, settings: dict) -> float:
+    """Linear warm-up, then cosine to a tenth."""
+    warm = min(1.0, (step + 1) / settings["warmup_steps"])
+    return warm * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+
+
+def quantizer_run(name: str, multiplier: float, settings: dict, crops: Crops) -> dict:
+    """The quantizer alone: its loss on features, learning rate as in stage 1 times `multiplier`."""
+    run = settings["quantizer"]
+    torch.manual_seed(0)
+    quantizer = SimVQ(run["codes"], crops.features.shape[-1], legacy=False)
+    start_codes(name, quantizer, crops.latents(run["latents_per_code"] * run["codes"]), run)
+    optimizer = torch.optim.AdamW(quantizer.parameters(), lr=settings["learning_rate"] * multiplier, weight_decay=1e-4)
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, run["steps"], settings))
+    sample = crops.features[: math.ceil(8 * run["codes"] / crops.features.shape[1])]
+
+    def measure(step):
+        statistics = codebook_statistics(count_codes(quantizer, sample, "Counting codes"))
+        statistics["distortion"] = distortion(quantizer, crops.held_out[1])
+        return statistics | {"step": step, "norm_of_W": quantizer.embedding_proj.weight.norm().item()}
+
+    history = [measure(0)]
+    for step in tqdm(range(run["steps"]), desc=f"{name}, learning rate x {multiplier:g}", unit="step"):
+        batch = torch.arange(step * settings["batch_size"], (step + 1) * settings["batch_size"]) % len(crops.features)
+        quantizer(crops.features[batch].float())[1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        rates.step()
+        if step + 1 in (run["steps"] // 4, run["steps"]):
+            history.append(measure(step + 1))
+    return {"history": history}
+
+
+def train_run(name: str, codes: int, run: dict, settings: dict, crops: Crops, folder: Path, encoder: dict | None):
+    """Stage 1 on cached features; with `encoder`, the configuration of a small ViT, all is trained from pixels."""
+    torch.manual_seed(0)
+    joint = encoder is not None
+    size, patch = settings["image_size"], settings["small_vit"]["patch_size"]
+    config = VQRAEConfig(
+        encoder_config=encoder or crops.encoder_config,
+        encoder_input_size=size, image_size=size, decoder_patch_size=patch, codebook_size=codes, legacy=False,
+        freeze_encoder=not joint, image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225],
+        **settings["decoder"], **QUANTIZERS[name],
+    )  # fmt: skip
+    model = VQRAEModel(config).train()
+    start = time.time()
+    needed = run["latents_per_code"] * codes
+    if joint and name == "SimVQ, k-means":
+        images = math.ceil(needed / crops.features.shape[1])
+        batches = (crops.pixels[i % len(crops.pixels)][None].float() / 255 for i in range(images))
+        model.initialize_codebook(batches, run["latents_per_code"], run["iterations"])
+    elif not joint:
+        start_codes(name, model.quantizer, crops.latents(needed), run)
+    seconds_to_start = time.time() - start
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], settings["learning_rate"], weight_decay=1e-4
+    )
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, run["steps"], settings))
+    measure, window = Reconstruction(crops.held_out[0]), CodebookWindow(codes)
+    grid = (size // patch,) * 2
+
+    def forward(pixels, features):
+        features = model.get_image_features(pixels) if joint else features
+        quantized, loss, _ = model.quantizer(features)
+        return model.decode_latents(model.project_out(quantized), grid).decoded_pixel_values, loss, features
+
+    def evaluate(step, losses):
+        counts = window.add(model.quantizer.get_codebook_counts())
+        model.eval()
+        model.quantizer.reset_codebook_usage()
+        with torch.no_grad():
+            parts = [forward(x, z) for x, z in zip(*(tensor.split(32) for tensor in crops.held_out))]
+        reconstruction, latents = torch.cat([part[0] for part in parts]), torch.cat([part[2] for part in parts])
+        held_out = codebook_statistics(model.quantizer.get_codebook_counts())
+        model.train()
+        statistics = {"step": step, **measure(reconstruction), "held_out": held_out}
+        statistics["distortion"] = distortion(model.quantizer, latents)
+        if step:
+            statistics |= codebook_statistics(counts) | {"loss": sum(losses) / len(losses)}
+        if step and not joint and step % run["count_all_crops_every"] == 0:
+            everything = count_codes(model.quantizer, crops.features, "Counting over all crops")
+            statistics["all_crops"] = codebook_statistics(everything)
+        return statistics, reconstruction
+
+    history, losses = [evaluate(0, [])[0]], []
+    for step in tqdm(range(run["steps"]), desc=f"{name}, {codes:,} codes", unit="step"):
+        batch = torch.arange(step * settings["batch_size"], (step + 1) * settings["batch_size"]) % len(crops.pixels)
+        pixels = crops.pixels[batch].float() / 255
+        reconstruction, vq_loss, _ = forward(pixels, crops.features[batch].float())
+        loss = F.l1_loss(reconstruction, pixels) + F.mse_loss(reconstruction, pixels) + vq_loss
+        loss.backward()
+        losses.append(loss.item())
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        rates.step()
+        window.add(model.quantizer.get_codebook_counts())
+        model.quantizer.reset_codebook_usage()
+        if (step + 1) % (run["steps"] // 8) == 0:
+            statistics, reconstruction = evaluate(step + 1, losses)
+            history.append(statistics)
+            losses = []
+    result = {"history": history, "seconds_to_start": seconds_to_start, "seconds": time.time() - start}
+    write(folder / "reconstructions.safetensors", lambda path: save_file({"pixels": to_uint8(reconstruction)}, path))
+    return result
+
+
+# Report --------------------------------------------------------------------------------------------------------------
+
+
+def report(results: dict[str, dict], crops: Crops, output: Path) -> None:
+    lines = []
+    rows = {key: result for key, result in results.items() if key.startswith("quantizer/")}
+    if rows:
+        steps = [entry["step"] for entry in next(iter(rows.values()))["history"]]
+        tokens = next(iter(rows.values()))["history"][0]["codebook_tokens"]
+        lines += [
+            "### Quantizer alone",
+            "",
+            f"Codes used / perplexity over {tokens:,} tokens / distortion on held-out images.",
+            "",
+        ]
+        lines += [
+            "| start | learning rate of W | "
+            + " | ".join(f"step {step}" for step in steps)
+            + " | norm of W, first to last |"
+        ]
+        lines += ["| --- | --- |" + " --- |" * (len(steps) + 1)]
+        for key, result in rows.items():
+            _, name, multiplier = key.split("/")
+            cells = [
+                f"{x['codebook_utilization']:.1%} / {x['codebook_perplexity']:,.0f} / {x['distortion']:.3f}"
+                for x in result["history"]
+            ]
+            norms = [x["norm_of_W"] for x in result["history"]]
+            lines.append(
+                f"| {name} | x {multiplier} | " + " | ".join(cells) + f" | {norms[0]:.1f} to {norms[-1]:.1f} |"
+            )
+    for part, title in (("stage1", "Stage 1, encoder frozen"), ("joint", "A small ViT trained jointly")):
+        rows = {key: result for key, result in results.items() if key.startswith(part + "/")}
+        if not rows:
+            continue
+        lines += ["", f"### {title}", ""]
+        lines += [
+            "| codes | codebook | steps | latest tokens: codes used (tokens per code) | perplexity "
+            "| all crops: codes used, least of all counts (tokens per code) | perplexity, least "
+            "| held-out: distortion | PSNR | LPIPS | minutes |",
+            "| ---: | --- |" + " ---: |" * 9,
+        ]
+        for key, result in rows.items():
+            _, codes, name = key.split("/")
+            last, codes = result["history"][-1], int(codes)
+            cells = [f"{codes:,}", name, last["step"]]
+            cells += [f"{last['codebook_utilization']:.1%} ({last['codebook_tokens'] / codes:.0f})"]
+            cells += [f"{last['codebook_perplexity']:,.0f}"]
+            counted = [entry["all_crops"] for entry in result["history"] if "all_crops" in entry]
+            if counted:
+                used = min(entry["codebook_utilization"] for entry in counted)
+                cells.append(f"{used:.1%} ({counted[0]['codebook_tokens'] / codes:.0f})")
+                cells.append(f"{min(entry['codebook_perplexity'] for entry in counted):,.0f}")
+            else:
+                cells += ["-", "-"]
+            cells += [f"{last['distortion']:.3f}", f"{last['psnr']:.2f}"]
+            cells += ["-" if last["lpips"] is None else f"{last['lpips']:.3f}", f"{result['seconds'] / 60:.1f}"]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    text = "\n".join(lines) + "\n"
+    write(output / "results.md", lambda path: path.write_text(text))
+    write(output / "results.json", lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
+    print(text)
+    plot({key: r for key, r in results.items() if key.startswith("stage1/")}, output / "curves.png")
+    pictures(results, crops, output)
+
+
+def plot(results: dict[str, dict], path: Path) -> None:
+    """Usage and PSNR over steps, a column for each number of codes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    sizes = sorted({int(key.split("/")[1]) for key in results})
+    if not sizes:
+        return
+    figure, axes = pyplot.subplots(2, len(sizes), figsize=(4 * len(sizes), 6), layout="constrained", squeeze=False)
+    for key, result in results.items():
+        _, codes, name = key.split("/")
+        column, history = sizes.index(int(codes)), result["history"]
+        used = [(x["step"], 100 * x["codebook_utilization"]) for x in history if "codebook_utilization" in x]
+        axes[0, column].plot(*zip(*used), "o-", label=name)
+        axes[1, column].plot([x["step"] for x in history], [x["psnr"] for x in history], "o-", label=name)
+        axes[0, column].set(title=f"{int(codes):,} codes", ylim=(-3, 103))
+        axes[1, column].set(xlabel="step")
+    axes[0, 0].set(ylabel="codes used, %")
+    axes[1, 0].set(ylabel="PSNR of held-out images, dB")
+    axes[0, 0].legend()
+    write(path, lambda unfinished: figure.savefig(unfinished, dpi=110, format="png"))
+    print(f"Curves: {path}")
+
+
+def pictures(results: dict[str, dict], crops: Crops, output: Path) -> None:
+    """Held-out images, the same for every run, originals in the first row."""
+    names = [key for key in results if key.startswith(("stage1/", "joint/"))]
+    if not names:
+        return
+    chosen = torch.linspace(0, len(crops.held_out[0]) - 1, 12).long()
+    rows = [to_uint8(crops.held_out[0][chosen])]
+    rows += [load_file(output / key / "reconstructions.safetensors")["pixels"][chosen] for key in names]
+    images = torch.cat(rows) / 255
+    half = len(rows) // 2 * 12
+    if len(rows) % 2:
+        images = torch.cat([images, torch.ones(12, *images.shape[1:])])
+        half += 12
+    order = torch.arange(len(images)).view(-1, 2, 12)
+    save_pairs(images[order[:, 0].flatten()], images[order[:, 1].flatten()], output / "pictures.png", columns=12)
+    print(
+        f"Pictures: {output / 'pictures.png'}; rows from the top: originals, "
+        + ", ".join(k.split("/", 1)[1] for k in names)
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--encoder", required=True, help="A pretrained vision encoder: folder or hub repository.")
+    parser.add_argument("--data", required=True, nargs="+", help="Folders of images.")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/collapse"), help="Default: runs/collapse.")
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "collapse.json", help="Settings.")
+    parser.add_argument(
+        "--parts", nargs="+", default=["quantizer", "stage1", "joint"], choices=["quantizer", "stage1", "joint"]
+    )
+    parser.add_argument("--codes", nargs="+", help="Only these sizes of stage1, e.g. 1024 16384.")
+    args = parser.parse_args()
+    settings = json.loads(args.config.read_text())
+
+    torch.manual_seed(0)
+    model = VQRAEModel.from_encoder_pretrained(
+        args.encoder, image_size=settings["image_size"], codebook_size=1, **settings["decoder"]
+    ).eval()
+    crops = Crops(settings, model, args.data, args.output_dir / "crops")
+    crops.encoder_config = model.config.encoder_config.to_dict()
+    del model
+
+    planned = {}
+    if "quantizer" in args.parts:
+        starts = ("SimVQ, Gaussian", "SimVQ, Gaussian, W and b matched", "SimVQ, drawn latents", "SimVQ, k-means")
+        for name in starts:
+            for multiplier in (1, 10):
+                planned[f"quantizer/{name}/{multiplier:g}"] = (quantizer_run, (name, multiplier, settings, crops))
+    if "joint" in args.parts:
+        run = settings["joint"]
+        for name in QUANTIZERS:
+            key = f"joint/{run['codes']}/{name}"
+            arguments = (name, run["codes"], run, settings, crops, args.output_dir / key, settings["small_vit"])
+            planned[key] = (train_run, arguments)
+    if "stage1" in args.parts:
+        for codes, run in settings["runs"].items():
+            if args.codes is None or codes in args.codes:
+                for name in QUANTIZERS:
+                    key = f"stage1/{codes}/{name}"
+                    planned[key] = (train_run, (name, int(codes), run, settings, crops, args.output_dir / key, None))
+
+    results = {}
+    for number, (key, (function, arguments)) in enumerate(planned.items(), 1):
+        path = args.output_dir / key / "result.json"
+        if path.exists():
+            results[key] = json.loads(path.read_text())
+            continue
+        print(f"Run {number} of {len(planned)}: {key}", flush=True)
+        results[key] = function(*arguments)
+        write(path, lambda unfinished, result=results[key]: unfinished.write_text(json.dumps(result)))
+    report(results, crops, args.output_dir)
+
+
+if __name__ == "__main__":
+    main()
