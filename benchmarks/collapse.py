@@ -3,13 +3,14 @@
 
     python benchmarks/collapse.py --encoder DINOV2_SMALL --data PHOTOS EMOJI --output_dir runs/collapse
 
-Three parts, each a table in results.md (configs/collapse.json holds every number; --config for others):
+Four parts, each a table in results.md (configs/collapse.json holds every number; --config for others):
 
 quantizer  the quantizer alone on features of a frozen encoder, no decoder: how the codes start, and the learning rate
            of W; only the loss of the codebook moves anything.
 stage1     encoder frozen, quantizer and decoder trained with L1 + L2 pixels and the loss of the quantizer: a plain
            learnable codebook, SimVQ as in the reference, and SimVQ with k-means codes, at several sizes, each for the
            same steps.
+moving     the pretrained encoder trained too, at a low learning rate and without distillation.
 joint      a small ViT from random weights trained with quantizer and decoder.
 
 Images are split by file name up to the first '-' (one photograph gives many crops). Random crops of the training
@@ -70,6 +71,7 @@ class Crops:
         pixels: (crops, 3, size, size), uint8.
         features: (crops, tokens, width), float16.
         held_out: the same for held-out images, as `(pixels, features)`, float32.
+        encoder: name or path of the encoder of the features.
     """
 
     def __init__(self, settings: dict, model: VQRAEModel, folders: list[str], cache: Path) -> None:
@@ -209,36 +211,43 @@ def quantizer_run(name: str, multiplier: float, settings: dict, crops: Crops) ->
     return {"history": history}
 
 
-def train_run(name: str, codes: int, run: dict, settings: dict, crops: Crops, folder: Path, encoder: dict | None):
-    """Stage 1 on cached features; with `encoder`, the configuration of a small ViT, all is trained from pixels."""
-    torch.manual_seed(0)
-    joint = encoder is not None
+def train_run(part: str, name: str, codes: int, settings: dict, crops: Crops, folder: Path) -> dict:
+    """Trains a tokenizer: on cached features ("stage1"), or from pixels with its encoder ("moving", "joint")."""
+    run = settings[part][str(codes)]
+    from_pixels = part != "stage1"
     size, patch = settings["image_size"], settings["small_vit"]["patch_size"]
-    config = VQRAEConfig(
-        encoder_config=encoder or crops.encoder_config,
-        encoder_input_size=size, image_size=size, decoder_patch_size=patch, codebook_size=codes, legacy=False,
-        freeze_encoder=not joint, image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225],
-        **settings["decoder"], **QUANTIZERS[name],
-    )  # fmt: skip
-    model = VQRAEModel(config).train()
+    fields = {"image_size": size, "codebook_size": codes, "legacy": False, "freeze_encoder": not from_pixels}
+    fields |= settings["decoder"] | QUANTIZERS[name]
+    torch.manual_seed(0)
+    if part == "joint":
+        fields |= {"encoder_config": settings["small_vit"], "encoder_input_size": size, "decoder_patch_size": patch}
+        fields |= {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+        model = VQRAEModel(VQRAEConfig(**fields))
+    else:
+        model = VQRAEModel.from_encoder_pretrained(crops.encoder, **fields)
+    model.train()
     start = time.time()
     needed = run["latents_per_code"] * codes
-    if joint and name == "SimVQ, k-means":
+    if from_pixels and name == "SimVQ, k-means":
         images = math.ceil(needed / crops.features.shape[1])
         batches = (crops.pixels[i % len(crops.pixels)][None].float() / 255 for i in range(images))
         model.initialize_codebook(batches, run["latents_per_code"], run["iterations"])
-    elif not joint:
+    elif not from_pixels:
         start_codes(name, model.quantizer, crops.latents(needed), run)
     seconds_to_start = time.time() - start
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], settings["learning_rate"], weight_decay=1e-4
-    )
+    groups = {"fast": [], "slow": []}
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups["slow" if part == "moving" and parameter_name.startswith("encoder.") else "fast"].append(parameter)
+    optimizer = torch.optim.AdamW(groups["fast"], lr=settings["learning_rate"], weight_decay=1e-4)
+    if groups["slow"]:
+        optimizer.add_param_group({"params": groups["slow"], "lr": settings["encoder_learning_rate"]})
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, run["steps"], settings))
     measure, window = Reconstruction(crops.held_out[0]), CodebookWindow(codes)
     grid = (size // patch,) * 2
 
     def forward(pixels, features):
-        features = model.get_image_features(pixels) if joint else features
+        features = model.get_image_features(pixels) if from_pixels else features
         quantized, loss, _ = model.quantizer(features)
         return model.decode_latents(model.project_out(quantized), grid).decoded_pixel_values, loss, features
 
@@ -255,7 +264,7 @@ def train_run(name: str, codes: int, run: dict, settings: dict, crops: Crops, fo
         statistics["distortion"] = distortion(model.quantizer, latents)
         if step:
             statistics |= codebook_statistics(counts) | {"loss": sum(losses) / len(losses)}
-        if step and not joint and step % run["count_all_crops_every"] == 0:
+        if step and not from_pixels and step % run["count_all_crops_every"] == 0:
             everything = count_codes(model.quantizer, crops.features, "Counting over all crops")
             statistics["all_crops"] = codebook_statistics(everything)
         return statistics, reconstruction
@@ -314,7 +323,12 @@ def report(results: dict[str, dict], crops: Crops, output: Path) -> None:
             lines.append(
                 f"| {name} | x {multiplier} | " + " | ".join(cells) + f" | {norms[0]:.1f} to {norms[-1]:.1f} |"
             )
-    for part, title in (("stage1", "Stage 1, encoder frozen"), ("joint", "A small ViT trained jointly")):
+    titles = {
+        "stage1": "Stage 1, encoder frozen",
+        "moving": "The pretrained encoder trained too",
+        "joint": "A small ViT from random weights, trained jointly",
+    }
+    for part, title in titles.items():
         rows = {key: result for key, result in results.items() if key.startswith(part + "/")}
         if not rows:
             continue
@@ -377,7 +391,7 @@ def plot(results: dict[str, dict], path: Path) -> None:
 
 def pictures(results: dict[str, dict], crops: Crops, output: Path) -> None:
     """Held-out images, the same for every run, originals in the first row."""
-    names = [key for key in results if key.startswith(("stage1/", "joint/"))]
+    names = [key for key in results if not key.startswith("quantizer/")]
     if not names:
         return
     chosen = torch.linspace(0, len(crops.held_out[0]) - 1, 12).long()
@@ -402,10 +416,9 @@ def main() -> None:
     parser.add_argument("--data", required=True, nargs="+", help="Folders of images.")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/collapse"), help="Default: runs/collapse.")
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "collapse.json", help="Settings.")
-    parser.add_argument(
-        "--parts", nargs="+", default=["quantizer", "stage1", "joint"], choices=["quantizer", "stage1", "joint"]
-    )
-    parser.add_argument("--codes", nargs="+", help="Only these sizes of stage1, e.g. 1024 16384.")
+    parts = ["quantizer", "joint", "moving", "stage1"]
+    parser.add_argument("--parts", nargs="+", default=parts, choices=parts, help="Default: all.")
+    parser.add_argument("--codes", nargs="+", help="Only these numbers of codes, e.g. 1024 16384.")
     args = parser.parse_args()
     settings = json.loads(args.config.read_text())
 
@@ -414,7 +427,7 @@ def main() -> None:
         args.encoder, image_size=settings["image_size"], codebook_size=1, **settings["decoder"]
     ).eval()
     crops = Crops(settings, model, args.data, args.output_dir / "crops")
-    crops.encoder_config = model.config.encoder_config.to_dict()
+    crops.encoder = args.encoder
     del model
 
     planned = {}
@@ -423,18 +436,11 @@ def main() -> None:
         for name in starts:
             for multiplier in (1, 10):
                 planned[f"quantizer/{name}/{multiplier:g}"] = (quantizer_run, (name, multiplier, settings, crops))
-    if "joint" in args.parts:
-        run = settings["joint"]
-        for name in QUANTIZERS:
-            key = f"joint/{run['codes']}/{name}"
-            arguments = (name, run["codes"], run, settings, crops, args.output_dir / key, settings["small_vit"])
-            planned[key] = (train_run, arguments)
-    if "stage1" in args.parts:
-        for codes, run in settings["runs"].items():
-            if args.codes is None or codes in args.codes:
-                for name in QUANTIZERS:
-                    key = f"stage1/{codes}/{name}"
-                    planned[key] = (train_run, (name, int(codes), run, settings, crops, args.output_dir / key, None))
+    for part in ("joint", "moving", "stage1"):
+        for codes in settings[part] if part in args.parts else ():
+            for name in QUANTIZERS if args.codes is None or codes in args.codes else ():
+                key = f"{part}/{codes}/{name}"
+                planned[key] = (train_run, (part, name, int(codes), settings, crops, args.output_dir / key))
 
     results = {}
     for number, (key, (function, arguments)) in enumerate(planned.items(), 1):

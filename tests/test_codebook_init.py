@@ -206,8 +206,8 @@ def test_script_of_the_benchmark(tmp_path, image_folder, monkeypatch):
     Dinov2Model(AutoConfig.for_model("dinov2", **encoder)).save_pretrained(tmp_path / "encoder")
     settings = json.loads((ROOT / "configs" / "collapse.json").read_text())
     tiny = {"steps": 8, "count_all_crops_every": 4, "latents_per_code": 4, "iterations": 1}
-    settings |= {"image_size": 28, "crops": 24, "batch_size": 3, "warmup_steps": 1, "runs": {"8": tiny}}
-    settings |= {"joint": {**tiny, "codes": 8}, "quantizer": {**tiny, "codes": 8}, "held_out_per_folder": 12}
+    settings |= {"image_size": 28, "crops": 24, "batch_size": 3, "warmup_steps": 1, "stage1": {"8": tiny}}
+    settings |= {"joint": {"8": tiny}, "moving": {"8": tiny}, "quantizer": {**tiny, "codes": 8}}
     settings["small_vit"] |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "image_size": 28}
     settings["decoder"] |= {"decoder_hidden_size": 32, "decoder_intermediate_size": 64}
     (tmp_path / "settings.json").write_text(json.dumps(settings))
@@ -215,7 +215,7 @@ def test_script_of_the_benchmark(tmp_path, image_folder, monkeypatch):
     arguments += ["--config", "settings.json", "--output_dir", "out"]
     no_download = {"TORCH_HOME": str(tmp_path / "torch"), "https_proxy": "http://127.0.0.1:9"}
     output = run(arguments, tmp_path, **no_download)
-    assert "Run 14 of 14" in output
+    assert "Run 17 of 17" in output
     assert {"results.md", "results.json", "curves.png", "pictures.png"} <= {
         p.name for p in (tmp_path / "out").iterdir()
     }

@@ -178,8 +178,13 @@ def edit_data(quantizer):
     return quantizer
 
 
+def fit(quantizer):
+    quantizer.fit(torch.randn(100, 8))
+    return quantizer
+
+
 @pytest.mark.parametrize(
-    "change", [optimizer_step, load_other, edit_data, lambda q: q.to(torch.bfloat16), lambda q: q.double()]
+    "change", [optimizer_step, load_other, edit_data, fit, lambda q: q.to(torch.bfloat16), lambda q: q.double()]
 )
 def test_cached_codes_never_outlive_their_parameters(change):
     torch.manual_seed(0)

@@ -225,10 +225,12 @@ class VQRAETrainer(Trainer):
     def _report_collapse(self, logs) -> None:
         """A warning, once, when under a tenth of the codes are in use though there were tokens enough and warm-up is
         over."""
-        enough = logs["codebook_tokens"] >= 8 * len(self._window._current)
+        enough = logs["codebook_tokens"] >= 8 * self.accelerator.unwrap_model(self.model).config.codebook_size
         warm = self.state.global_step >= self.args.get_warmup_steps(self.state.max_steps)
         if enough and warm and logs["codebook_utilization"] < 0.1 and not self._collapse_reported:
             self._collapse_reported = True
+            if not self.is_world_process_zero():
+                return
             logger.warning(
                 f"The codebook has collapsed: {logs['codebook_utilization']:.1%} of the codes were used by the last "
                 f"{logs['codebook_tokens']:,} tokens. Likely causes: codes that did not start on the latents (train "
