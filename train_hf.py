@@ -44,11 +44,12 @@ class ModelArguments:
             'as {"codebook_size": 4096, "freeze_encoder": false}.'
         },
     )
-    codebook_init: str = field(
-        default="kmeans",
+    codebook_init: str | None = field(
+        default=None,
         metadata={
             "help": "Where the codes of a new model start: kmeans fits them to latents of training images, which takes "
-            "a while and keeps them in use; gaussian is the SimVQ reference's, which collapses on frozen features."
+            "a while and keeps them in use; gaussian is the SimVQ reference's, which collapses on the features of an "
+            "encoder. Default: kmeans, but gaussian behind a learnable projection (codebook_dim)."
         },
     )
     image_size: int | None = field(
@@ -102,7 +103,8 @@ def load_model(args: ModelArguments) -> VQRAEModel:
     if args.image_size is not None:
         config["image_size"] = args.image_size
     if not args.model_name_or_path and config.get("use_simvq", True):
-        config.setdefault("codebook_init", args.codebook_init)
+        default = "gaussian" if config.get("codebook_dim") else "kmeans"
+        config.setdefault("codebook_init", args.codebook_init or default)
     if args.encoder_name_or_path:
         print(f"Loading the encoder {args.encoder_name_or_path} (downloaded if it is on the hub and not cached).")
         model = VQRAEModel.from_encoder_pretrained(args.encoder_name_or_path, **config)

@@ -404,10 +404,7 @@ def pictures(results: dict[str, dict], crops: Crops, output: Path) -> None:
         half += 12
     order = torch.arange(len(images)).view(-1, 2, 12)
     save_pairs(images[order[:, 0].flatten()], images[order[:, 1].flatten()], output / "pictures.png", columns=12)
-    print(
-        f"Pictures: {output / 'pictures.png'}; rows from the top: originals, "
-        + ", ".join(k.split("/", 1)[1] for k in names)
-    )
+    print(f"Pictures: {output / 'pictures.png'}; rows from the top: originals, " + ", ".join(names))
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from test_loading import ROOT, run
 from test_training import make_trainer
 
 from modeling_simvq import SimVQ, VQRAEConfig, VQRAEModel, kmeans
+from train_hf import ModelArguments, load_model
 from training.trainer import CodebookWindow
 
 
@@ -196,6 +197,22 @@ def test_collapse_is_reported_once_with_its_likely_causes(tmp_path, image_folder
     trainer.train()
     assert [entry.get("codebook_utilization") for entry in trainer.state.log_history[:6]] == [1 / 16] * 6
     assert len(messages) == 1 and "6.2% of the codes" in messages[0] and "kmeans" in messages[0]
+
+
+@pytest.mark.parametrize(
+    "fields, asked_for, expected",
+    [
+        ({}, None, "kmeans"),
+        ({"codebook_dim": 8}, None, "gaussian"),
+        ({"codebook_dim": 8}, "kmeans", "kmeans"),
+        ({}, "gaussian", "gaussian"),
+        ({"use_simvq": False}, None, "gaussian"),
+    ],
+)
+def test_start_of_a_new_model_in_the_script(fields, asked_for, expected):
+    config = tiny_config(**fields).to_dict()
+    config = {name: config[name] for name in ("encoder_config", "image_size", "decoder_patch_size", *fields)}
+    assert load_model(ModelArguments(model_config=config, codebook_init=asked_for)).config.codebook_init == expected
 
 
 def test_script_of_the_benchmark(tmp_path, image_folder, monkeypatch):
