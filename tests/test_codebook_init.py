@@ -163,6 +163,17 @@ def test_trainer_initializes_before_training_and_not_on_resume(tmp_path, image_f
     assert json.loads((tmp_path / "whole" / "checkpoint-3" / "config.json").read_text())["codebook_init"] == "kmeans"
 
 
+def test_a_resumed_gaussian_run_stays_gaussian(tmp_path, image_folder):
+    """Recorded as k-means without latents, its trained codes would be fitted anew by whoever trains on."""
+    first = make_trainer(VQRAEModel(tiny_config()), image_folder, tmp_path, max_steps=3, save_steps=3)
+    first.train()
+    asked = VQRAEModel(tiny_config(codebook_init="kmeans"))
+    resumed = make_trainer(asked, image_folder, tmp_path, max_steps=4)
+    resumed.train(resume_from_checkpoint=True)
+    assert (asked.config.codebook_init, asked.config.codebook_init_latents) == ("gaussian", None)
+    assert torch.equal(asked.quantizer.embedding.weight, first.model.quantizer.embedding.weight)
+
+
 def test_the_quantizers_learning_rate_is_a_multiple(tmp_path, image_folder):
     trainer = make_trainer(VQRAEModel(tiny_config()), image_folder, tmp_path, quantizer_lr_multiplier=0.25)
     optimizer = trainer.create_optimizer()

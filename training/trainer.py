@@ -148,7 +148,9 @@ class VQRAETrainer(Trainer):
             checkpoint = resume_from_checkpoint
             if checkpoint is True:
                 checkpoint = get_last_checkpoint(self.args.output_dir)
-            config.codebook_init_latents = type(config).from_pretrained(checkpoint).codebook_init_latents
+            if checkpoint:  # else Trainer says that there is none
+                saved = type(config).from_pretrained(checkpoint)
+                config.codebook_init, config.codebook_init_latents = saved.codebook_init, saved.codebook_init_latents
         elif config.codebook_init == "kmeans" and config.codebook_init_latents is None:
             self.initialize_codebook()
         return super().train(resume_from_checkpoint, *args, **kwargs)
