@@ -3,11 +3,13 @@
 
     python train_hf.py configs/quickstart.json
     python train_hf.py --encoder_name_or_path facebook/dinov2-base --image_size 224 --train_data my_images \\
-        --output_dir runs/mine --max_steps 20000 --per_device_train_batch_size 32 --learning_rate 4e-4
+        --output_dir runs/stage1 --max_steps 20000 --per_device_train_batch_size 32 --learning_rate 4e-4
+    python train_hf.py --stage 2 --model_name_or_path runs/stage1 --train_data my_images --gan_weight 0.1 \\
+        --output_dir runs/stage2 --max_steps 20000 --per_device_train_batch_size 32 --learning_rate 1e-4
 
-Options may also stand in one JSON or YAML file, and flags behind it override what it says. Every option of
-transformers' TrainingArguments works: --bf16, --gradient_accumulation_steps, --report_to tensorboard,
---resume_from_checkpoint, --push_to_hub, ...; `accelerate launch train_hf.py ...` for several processes.
+Options may also stand in one JSON or YAML file, and flags behind it override what it says; configs/ has the published
+recipes. Every option of transformers' TrainingArguments works: --bf16, --gradient_accumulation_steps, --report_to
+tensorboard, --resume_from_checkpoint, --push_to_hub, ...; `accelerate launch train_hf.py ...` for several processes.
 """
 
 import json
@@ -25,7 +27,8 @@ from configuration_simvq import VQRAEConfig
 from eval.images import dataset_of_files, find_images, load_images
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import VQRAEModel
-from training.data import EvalTransform, TrainTransform, collate, split_files, with_pixels
+from training.data import EvalTransform, TrainTransform, collate, readable_images, split_files, with_pixels
+from training.report import write_report
 from training.trainer import VQRAETrainer, VQRAETrainingArguments
 
 
@@ -52,6 +55,13 @@ class ModelArguments:
             "encoder. Default: kmeans, but gaussian behind a learnable projection (codebook_dim)."
         },
     )
+    stage: int | None = field(
+        default=None,
+        metadata={
+            "help": "1: the encoder is frozen. 2: it is trained, tied by distillation to what it was, after a stage 1 "
+            "(--model_name_or_path). Default: as the model's freeze_encoder says (frozen)."
+        },
+    )
     image_size: int | None = field(
         default=None, metadata={"help": "Side of the images in pixels (default: what the encoder or config says)."}
     )
@@ -64,6 +74,8 @@ class ModelArguments:
             raise ValueError("Pass --encoder_name_or_path or --model_name_or_path, not both.")
         if not (self.encoder_name_or_path or self.model_name_or_path or self.model_config):
             raise ValueError("Pass --encoder_name_or_path, --model_name_or_path or --model_config.")
+        if self.stage not in (None, 1, 2):
+            raise ValueError(f"stage must be 1 or 2, got {self.stage}.")
 
 
 @dataclass
@@ -102,6 +114,8 @@ def load_model(args: ModelArguments) -> VQRAEModel:
     config = dict(args.model_config or {})
     if args.image_size is not None:
         config["image_size"] = args.image_size
+    if args.stage is not None:
+        config["freeze_encoder"] = args.stage == 1
     if not args.model_name_or_path and config.get("use_simvq", True):
         default = "gaussian" if config.get("codebook_dim") else "kmeans"
         config.setdefault("codebook_init", args.codebook_init or default)
@@ -117,14 +131,18 @@ def load_model(args: ModelArguments) -> VQRAEModel:
     return model
 
 
-def load_data(args: DataArguments, output_dir: str):
-    """Training and held-out datasets with a column `image`; a held-out part of a folder is listed in a file."""
+def load_data(args: DataArguments, output_dir: str, skipped_list: Path):
+    """Training and held-out datasets with a column `image`; a held-out part of a folder is listed in a file, unreadable
+    images of it in another."""
     hub = {"config_name": args.dataset_config_name, "image_column": args.image_column}
     if args.eval_data or not Path(args.train_data).exists():
         train = load_images(args.train_data, args.train_split, streaming=args.streaming, **hub)
         held_out = load_images(args.eval_data or args.train_data, args.eval_split, **hub)
     else:
         train_files, eval_files = split_files(find_images(args.train_data), args.holdout, args.group_separator)
+        eval_files = readable_images(eval_files, skipped_list)
+        if not eval_files:
+            raise ValueError(f"None of the held-out images can be read, see {skipped_list}; pass --eval_data.")
         train, held_out = dataset_of_files(train_files), dataset_of_files(eval_files)
         os.makedirs(output_dir, exist_ok=True)
         listing = Path(output_dir) / "heldout_images.txt"
@@ -148,15 +166,26 @@ def main() -> None:
     if arguments and arguments[0].endswith((".json", ".yaml", ".yml")):
         arguments = file_as_flags(arguments[0]) + arguments[1:]
     model_args, data_args, training_args = parser.parse_args_into_dataclasses(arguments)
+    if model_args.stage == 2:  # VQRAE's
+        if training_args.distillation_weight is None:
+            training_args.distillation_weight = 1.0
+        if training_args.encoder_learning_rate is None:
+            training_args.encoder_learning_rate = 1e-5
+    if data_args.streaming:  # each process reads its own part of the stream
+        training_args.accelerator_config.dispatch_batches = False
     set_seed(training_args.seed)
 
     model = load_model(model_args)
-    processor = VQRAEImageProcessor.for_image_size(model.config.image_size)
-    train, held_out = load_data(data_args, training_args.output_dir)
+    size = model.config.image_size
+    processor = VQRAEImageProcessor.for_image_size(size)
+    skipped_list = Path(training_args.output_dir) / "skipped_images.txt"
+    train, held_out = load_data(data_args, training_args.output_dir, skipped_list)
+    transform = TrainTransform(size, data_args.min_crop_area, training_args.seed, skipped_list)
     trainer = VQRAETrainer(
         model=model,
         args=training_args,
-        train_dataset=with_pixels(train, TrainTransform(model.config.image_size, data_args.min_crop_area)),
+        train_transform=transform,
+        train_dataset=with_pixels(train, transform),
         eval_dataset=with_pixels(held_out, EvalTransform(processor)),
         data_collator=collate,
         processing_class=processor,
@@ -177,14 +206,21 @@ def main() -> None:
     if training_args.push_to_hub:
         trainer.push_to_hub()
     if trainer.is_world_process_zero():
-        print(f"Model and image processor: {training_args.output_dir}")
-        print(f"Originals above reconstructions: {training_args.output_dir}/reconstructions")
+        report = write_report(trainer.state.log_history, training_args.output_dir)
+        weights = "averaged" if trainer.ema else "trained"
+        print(f"Model ({weights} weights) and image processor: {training_args.output_dir}")
+        print(f"Curves and pictures: {report}")
+        if count := transform.count_skipped():
+            print(f"{count} images could not be read: {skipped_list}")
 
 
 def file_as_flags(path: str) -> list[str]:
-    """The options of a JSON or YAML file as flags, so that flags behind the file's name override them."""
+    """The options of a JSON or YAML file as flags, so that flags behind the file's name override them. Names that begin
+    with an underscore are remarks."""
     flags = []
     for name, value in yaml.safe_load(Path(path).read_text()).items():  # JSON is YAML
+        if name.startswith("_"):  # a remark
+            continue
         if isinstance(value, list):
             flags += [f"--{name}", *map(str, value)]
         elif value is not None:

@@ -9,9 +9,11 @@ quantizer  the quantizer alone on features of a frozen encoder, no decoder: how 
            of W; only the loss of the codebook moves anything.
 stage1     encoder frozen, quantizer and decoder trained with L1 + L2 pixels and the loss of the quantizer: a plain
            learnable codebook, SimVQ as in the reference, and SimVQ with k-means codes, at several sizes, each for the
-           same steps.
-moving     the pretrained encoder trained too, at a low learning rate and without distillation.
-joint      a small ViT from random weights trained with quantizer and decoder.
+           same steps; and behind the learnable projection to 1,536 dimensions of VQRAE.
+moving     the pretrained encoder trained too, at a low learning rate; without and with self-distillation (the mean
+           squared error between its features and the original encoder's, weight 1, as in VQRAE).
+joint      a small ViT from random weights trained with quantizer and decoder; also with the rotation trick (arXiv
+           2410.06424) instead of the straight-through gradient, by vector_quantize_pytorch.
 
 Images are split by file name up to the first '-' (one photograph gives many crops). Random crops of the training
 images are encoded once (float16 features on disk): the encoder is frozen, and every run meets the same crops in the
@@ -34,7 +36,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch import nn
 from tqdm import tqdm
+from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,14 +46,14 @@ sys.path.insert(0, str(ROOT))  # `python benchmarks/collapse.py` from a clone
 
 from eval.images import find_images  # noqa: E402
 from eval.metrics import codebook_statistics, to_uint8  # noqa: E402
-from eval.pictures import save_pairs  # noqa: E402
+from eval.pictures import save_rows  # noqa: E402
 from image_processing_simvq import VQRAEImageProcessor  # noqa: E402
 from modeling_simvq import SimVQ, VectorQuantizer, VQRAEConfig, VQRAEModel  # noqa: E402
 from training.data import EvalTransform, TrainTransform, split_files  # noqa: E402
 from training.trainer import CodebookWindow  # noqa: E402
 
 
-QUANTIZERS = {"plain codebook": {"use_simvq": False}, "SimVQ, Gaussian": {}, "SimVQ, k-means": {}}
+ARMS = ("plain codebook", "SimVQ, Gaussian", "SimVQ, k-means")  # and, where a run says so, "more"
 CHUNK = 1024  # crops in a file
 
 
@@ -119,12 +123,12 @@ def encode(model: VQRAEModel, pixels: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def count_codes(quantizer: VectorQuantizer, features: torch.Tensor, description: str) -> torch.Tensor:
+def count_codes(quantizer: VectorQuantizer, features: torch.Tensor, project: nn.Module) -> torch.Tensor:
     """(codes,) tokens of each code over (images, tokens, width) features."""
     quantizer.eval()
     quantizer.reset_codebook_usage()
-    for part in tqdm(features.split(32), desc=description, unit="batch", leave=False):
-        quantizer(part.float())
+    for part in tqdm(features.split(32), desc="Counting codes", unit="batch", leave=False):
+        quantizer(project(part.float()))
     counts = quantizer.get_codebook_counts().clone()
     quantizer.reset_codebook_usage()
     quantizer.train()
@@ -168,7 +172,7 @@ class Reconstruction:
 
 def start_codes(name: str, quantizer: VectorQuantizer, latents: torch.Tensor, run: dict) -> None:
     """The ways in which codes can start, on (N, dim) latents."""
-    if name == "SimVQ, k-means":
+    if name.startswith("SimVQ, k-means"):
         quantizer.fit(latents, run["iterations"])
     elif name == "SimVQ, drawn latents":
         quantizer.fit(latents, 0)
@@ -195,7 +199,7 @@ def quantizer_run(name: str, multiplier: float, settings: dict, crops: Crops) ->
     sample = crops.features[: math.ceil(8 * run["codes"] / crops.features.shape[1])]
 
     def measure(step):
-        statistics = codebook_statistics(count_codes(quantizer, sample, "Counting codes"))
+        statistics = codebook_statistics(count_codes(quantizer, sample, nn.Identity()))
         statistics["distortion"] = distortion(quantizer, crops.held_out[1])
         return statistics | {"step": step, "norm_of_W": quantizer.embedding_proj.weight.norm().item()}
 
@@ -217,7 +221,9 @@ def train_run(part: str, name: str, codes: int, settings: dict, crops: Crops, fo
     from_pixels = part != "stage1"
     size, patch = settings["image_size"], settings["small_vit"]["patch_size"]
     fields = {"image_size": size, "codebook_size": codes, "legacy": False, "freeze_encoder": not from_pixels}
-    fields |= settings["decoder"] | QUANTIZERS[name]
+    fields |= settings["decoder"] | {"use_simvq": name != "plain codebook"}
+    if "projected to 1,536" in name:
+        fields["codebook_dim"] = 1536
     torch.manual_seed(0)
     if part == "joint":
         fields |= {"encoder_config": settings["small_vit"], "encoder_input_size": size, "decoder_patch_size": patch}
@@ -228,12 +234,13 @@ def train_run(part: str, name: str, codes: int, settings: dict, crops: Crops, fo
     model.train()
     start = time.time()
     needed = run["latents_per_code"] * codes
-    if from_pixels and name == "SimVQ, k-means":
+    if from_pixels and name.startswith("SimVQ, k-means"):
         images = math.ceil(needed / crops.features.shape[1])
         batches = (crops.pixels[i % len(crops.pixels)][None].float() / 255 for i in range(images))
         model.initialize_codebook(batches, run["latents_per_code"], run["iterations"])
     elif not from_pixels:
-        start_codes(name, model.quantizer, crops.latents(needed), run)
+        with torch.no_grad():
+            start_codes(name, model.quantizer, model.project_in(crops.latents(needed)), run)
     seconds_to_start = time.time() - start
     groups = {"fast": [], "slow": []}
     for parameter_name, parameter in model.named_parameters():
@@ -246,10 +253,16 @@ def train_run(part: str, name: str, codes: int, settings: dict, crops: Crops, fo
     measure, window = Reconstruction(crops.held_out[0]), CodebookWindow(codes)
     grid = (size // patch,) * 2
 
-    def forward(pixels, features):
-        features = model.get_image_features(pixels) if from_pixels else features
-        quantized, loss, _ = model.quantizer(features)
-        return model.decode_latents(model.project_out(quantized), grid).decoded_pixel_values, loss, features
+    def forward(pixels, original):
+        """Reconstruction, loss besides that of the pixels, and features; `original` are the pretrained encoder's."""
+        features = model.get_image_features(pixels) if from_pixels else original
+        latents = model.project_in(features)
+        quantized, loss, _ = model.quantizer(latents)
+        if "rotation trick" in name:
+            quantized = rotate_to(latents, quantized.detach())
+        if "distilled" in name:
+            loss = loss + F.mse_loss(features, original)
+        return model.decode_latents(model.project_out(quantized), grid).decoded_pixel_values, loss, latents
 
     def evaluate(step, losses):
         counts = window.add(model.quantizer.get_codebook_counts())
@@ -265,7 +278,7 @@ def train_run(part: str, name: str, codes: int, settings: dict, crops: Crops, fo
         if step:
             statistics |= codebook_statistics(counts) | {"loss": sum(losses) / len(losses)}
         if step and not from_pixels and step % run["count_all_crops_every"] == 0:
-            everything = count_codes(model.quantizer, crops.features, "Counting over all crops")
+            everything = count_codes(model.quantizer, crops.features, model.project_in)
             statistics["all_crops"] = codebook_statistics(everything)
         return statistics, reconstruction
 
@@ -273,8 +286,8 @@ def train_run(part: str, name: str, codes: int, settings: dict, crops: Crops, fo
     for step in tqdm(range(run["steps"]), desc=f"{name}, {codes:,} codes", unit="step"):
         batch = torch.arange(step * settings["batch_size"], (step + 1) * settings["batch_size"]) % len(crops.pixels)
         pixels = crops.pixels[batch].float() / 255
-        reconstruction, vq_loss, _ = forward(pixels, crops.features[batch].float())
-        loss = F.l1_loss(reconstruction, pixels) + F.mse_loss(reconstruction, pixels) + vq_loss
+        reconstruction, other_losses, _ = forward(pixels, crops.features[batch].float())
+        loss = F.l1_loss(reconstruction, pixels) + F.mse_loss(reconstruction, pixels) + other_losses
         loss.backward()
         losses.append(loss.item())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -336,8 +349,8 @@ def report(results: dict[str, dict], crops: Crops, output: Path) -> None:
         lines += [
             "| codes | codebook | steps | latest tokens: codes used (tokens per code) | perplexity "
             "| all crops: codes used, least of all counts (tokens per code) | perplexity, least "
-            "| held-out: distortion | PSNR | LPIPS | minutes |",
-            "| ---: | --- |" + " ---: |" * 9,
+            "| held-out: distortion | PSNR | LPIPS |",
+            "| ---: | --- |" + " ---: |" * 8,
         ]
         for key, result in rows.items():
             _, codes, name = key.split("/")
@@ -353,7 +366,7 @@ def report(results: dict[str, dict], crops: Crops, output: Path) -> None:
             else:
                 cells += ["-", "-"]
             cells += [f"{last['distortion']:.3f}", f"{last['psnr']:.2f}"]
-            cells += ["-" if last["lpips"] is None else f"{last['lpips']:.3f}", f"{result['seconds'] / 60:.1f}"]
+            cells += ["-" if last["lpips"] is None else f"{last['lpips']:.3f}"]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
     text = "\n".join(lines) + "\n"
     write(output / "results.md", lambda path: path.write_text(text))
@@ -395,15 +408,9 @@ def pictures(results: dict[str, dict], crops: Crops, output: Path) -> None:
     if not names:
         return
     chosen = torch.linspace(0, len(crops.held_out[0]) - 1, 12).long()
-    rows = [to_uint8(crops.held_out[0][chosen])]
-    rows += [load_file(output / key / "reconstructions.safetensors")["pixels"][chosen] for key in names]
-    images = torch.cat(rows) / 255
-    half = len(rows) // 2 * 12
-    if len(rows) % 2:
-        images = torch.cat([images, torch.ones(12, *images.shape[1:])])
-        half += 12
-    order = torch.arange(len(images)).view(-1, 2, 12)
-    save_pairs(images[order[:, 0].flatten()], images[order[:, 1].flatten()], output / "pictures.png", columns=12)
+    rows = [crops.held_out[0][chosen]]
+    rows += [load_file(output / key / "reconstructions.safetensors")["pixels"][chosen] / 255 for key in names]
+    save_rows(rows, output / "pictures.png", columns=12)
     print(f"Pictures: {output / 'pictures.png'}; rows from the top: originals, " + ", ".join(names))
 
 
@@ -435,7 +442,9 @@ def main() -> None:
                 planned[f"quantizer/{name}/{multiplier:g}"] = (quantizer_run, (name, multiplier, settings, crops))
     for part in ("joint", "moving", "stage1"):
         for codes in settings[part] if part in args.parts else ():
-            for name in QUANTIZERS if args.codes is None or codes in args.codes else ():
+            for name in (
+                (*ARMS, *settings[part][codes].get("more", ())) if not args.codes or codes in args.codes else ()
+            ):
                 key = f"{part}/{codes}/{name}"
                 planned[key] = (train_run, (part, name, int(codes), settings, crops, args.output_dir / key))
 

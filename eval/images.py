@@ -1,9 +1,11 @@
 """Opening images: a folder, a list of files, or a dataset of the hub."""
 
 import io
+import struct
 from pathlib import Path
 
 import datasets
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 
@@ -67,7 +69,8 @@ def load_images(
 
 
 def decode_image(record: dict) -> Image.Image:
-    """PIL image of a `datasets.Image(decode=False)` record, turned as its EXIF says.
+    """PIL image of a `datasets.Image(decode=False)` record, turned as its EXIF says if that can be read; 16-bit grey
+    levels become 8-bit ones.
 
     Raises:
         ValueError: the file is not an image, or is damaged; named.
@@ -76,6 +79,12 @@ def decode_image(record: dict) -> Image.Image:
         source = record["path"] if record["bytes"] is None else io.BytesIO(record["bytes"])
         with Image.open(source) as image:
             image.load()
-            return ImageOps.exif_transpose(image)
+            try:
+                image = ImageOps.exif_transpose(image)
+            except (OSError, SyntaxError, TypeError, ValueError, struct.error):  # broken EXIF is no broken image
+                pass
+            if image.mode.startswith("I;16") or image.mode == "I":  # PIL would clip at 255
+                image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+            return image
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ValueError(f"Cannot read the image {record['path']}: {error} Remove or replace it.") from error

@@ -1,6 +1,7 @@
 """Pictures of reconstructions."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,19 +11,19 @@ from transformers.image_transforms import to_pil_image
 from eval.metrics import to_uint8
 
 
-def save_pairs(originals: torch.Tensor, reconstructions: torch.Tensor, path: str | Path, columns: int = 8) -> None:
-    """Writes a PNG with rows of originals, each above the row of their reconstructions.
+def save_rows(batches: Sequence[torch.Tensor], path: str | Path, columns: int = 8) -> None:
+    """Writes a PNG with, in turn, a row of each batch: originals, below them their reconstructions, and so on.
 
     Args:
-        originals, reconstructions: (B, 3, H, W), nominally in [0, 1].
+        batches: of the same images, each (B, 3, H, W), nominally in [0, 1].
         path: the file; its folder is made.
         columns: images in a row.
     """
-    originals, reconstructions = to_uint8(originals.cpu()), to_uint8(reconstructions.cpu())
+    batches = [to_uint8(batch.cpu()) for batch in batches]
     rows = [
         image
-        for start in range(0, len(originals), columns)
-        for batch in (originals, reconstructions)
+        for start in range(0, len(batches[0]), columns)
+        for batch in batches
         for image in _filled(batch[start : start + columns], columns)
     ]
     grid = make_grid(torch.stack(rows), nrow=columns, padding=2, pad_value=255)

@@ -21,9 +21,11 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import torchmetrics
 import transformers
 from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from tqdm import tqdm
@@ -35,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python eval/rec
 from configuration_simvq import VQRAEConfig  # noqa: E402
 from eval.images import decode_image, load_images  # noqa: E402
 from eval.metrics import CodebookUsage, pixel_metrics, to_uint8  # noqa: E402
-from eval.pictures import save_pairs  # noqa: E402
+from eval.pictures import save_rows  # noqa: E402
 from image_processing_simvq import VQRAEImageProcessor  # noqa: E402
 from modeling_simvq import VQRAEModel  # noqa: E402
 
@@ -90,17 +92,19 @@ def build_network_metrics(names: list[str], inception_weights: str | None, devic
     return metrics, reasons
 
 
-def evaluate(model, loader: DataLoader, network_metrics: dict) -> tuple[dict, list[float]]:
+def evaluate(model, loader: DataLoader, network_metrics: dict, reference=None) -> tuple[dict, list[float]]:
     """One pass over the images in bounded memory. Returns the metrics, and each image's PSNR in dB.
 
     Args:
         model: a tokenizer in eval mode with the methods and outputs of [`VQRAEModel`].
         loader: batches of (B, 3, H, W) pixels in [0, 1].
         network_metrics: as `build_network_metrics` returns.
+        reference: a tokenizer whose continuous features are the original ones: `feature_cosine` is the cosine
+            similarity to them, averaged over tokens.
     """
     device = model.device
     pixels, usage = pixel_metrics().to(device), CodebookUsage(model.config.codebook_size).to(device)
-    psnrs = []
+    psnrs, cosine = [], MeanMetric().to(device)
     with torch.inference_mode():
         for originals in tqdm(loader, desc="Evaluating", unit="batch"):
             output = model(originals.to(device), return_loss=False)
@@ -109,6 +113,9 @@ def evaluate(model, loader: DataLoader, network_metrics: dict) -> tuple[dict, li
             pixels.update(fake_unit, real_unit)
             psnrs += (-10 * (fake_unit - real_unit).square().mean((1, 2, 3)).clamp_min(1e-10).log10()).tolist()
             usage.update(output.image_tokens)
+            if reference is not None:
+                features = reference.get_image_features(originals.to(device))
+                cosine.update(F.cosine_similarity(output.last_hidden_state.float(), features.float(), dim=-1))
             for name, metric in network_metrics.items():
                 if name == "rfid":
                     metric.update(real, real=True), metric.update(fake, real=False)
@@ -117,6 +124,8 @@ def evaluate(model, loader: DataLoader, network_metrics: dict) -> tuple[dict, li
     values = {name: value.item() for name, value in pixels.compute().items()} | usage.compute()
     for name, metric in network_metrics.items():
         values[name] = metric.compute().item()
+    if reference is not None:
+        values["feature_cosine"] = cosine.compute().item()
     return values, psnrs
 
 
@@ -156,6 +165,11 @@ def main() -> None:
         help="Metrics that need pretrained networks, hundreds of MB to download once (default: all). Nothing behind "
         "the flag: none.",
     )
+    parser.add_argument(
+        "--reference_model",
+        help="A tokenizer with the original encoder, such as that of stage 1: feature_cosine is the cosine similarity "
+        "of the continuous features to its.",
+    )
     parser.add_argument("--inception_weights", help="Local file with torch-fidelity's Inception weights, for rFID.")
     args = parser.parse_args()
 
@@ -172,9 +186,14 @@ def main() -> None:
     network_metrics, reasons = build_network_metrics(args.network_metrics, args.inception_weights, device)
 
     start = time.time()
-    values, psnrs = evaluate(model, loader, network_metrics)
+    reference = None
+    if args.reference_model:
+        reference = AutoModel.from_pretrained(args.reference_model, trust_remote_code=args.trust_remote_code)
+        reference.to(device).eval()
+    values, psnrs = evaluate(model, loader, network_metrics, reference)
     names = [*NETWORK_METRICS, "psnr", "ssim"]
     names += ["codebook_utilization", "codebook_perplexity", "codebook_tokens"]
+    names += ["feature_cosine"] if reference is not None else []
     finite = {name: values.get(name) for name in names}
     finite = {name: value if value is None or abs(value) != float("inf") else None for name, value in finite.items()}
     if values["psnr"] == float("inf"):
@@ -186,6 +205,7 @@ def main() -> None:
         "settings": {
             "model": args.model_name_or_path,
             "revision": args.revision,
+            "reference_model": args.reference_model,
             "codebook_size": model.config.codebook_size,
             "data": args.data,
             "split": None if Path(args.data).exists() else args.split,
@@ -226,7 +246,7 @@ def main() -> None:
         for start_row in range(0, len(chosen), count):
             pixels = collate([data[i] for i in chosen[start_row : start_row + count]]).to(device)
             pairs.append((pixels, model(pixels, return_loss=False).decoded_pixel_values))
-    save_pairs(*(torch.cat(images) for images in zip(*pairs)), output / "pictures.png", columns=count)
+    save_rows([torch.cat(images) for images in zip(*pairs)], output / "pictures.png", columns=count)
     print("\n".join(table))
     print(f"{output / 'results.json'}\n{output / 'results.md'}\n{output / 'pictures.png'}: best, median, worst by PSNR")
 

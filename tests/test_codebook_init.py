@@ -153,9 +153,9 @@ def test_trainer_initializes_before_training_and_not_on_resume(tmp_path, image_f
         return trainer
 
     whole = train(tmp_path / "whole")
-    assert len(calls) == 1 and whole.model.config.codebook_init_latents == 64 * 32
+    assert len(calls) == 1 and whole.model.config.codebook_init_latents == 64 * 256
     resumed = train(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-3"))
-    assert len(calls) == 1 and resumed.model.config.codebook_init_latents == 64 * 32
+    assert len(calls) == 1 and resumed.model.config.codebook_init_latents == 64 * 256
     states = whole.model.state_dict(), resumed.model.state_dict()
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     saved = load_file(tmp_path / "whole" / "checkpoint-3" / "model.safetensors")
@@ -234,8 +234,9 @@ def test_script_of_the_benchmark(tmp_path, image_folder, monkeypatch):
     Dinov2Model(AutoConfig.for_model("dinov2", **encoder)).save_pretrained(tmp_path / "encoder")
     settings = json.loads((ROOT / "configs" / "collapse.json").read_text())
     tiny = {"steps": 8, "count_all_crops_every": 4, "latents_per_code": 4, "iterations": 1}
-    settings |= {"image_size": 28, "crops": 24, "batch_size": 3, "warmup_steps": 1, "stage1": {"8": tiny}}
-    settings |= {"joint": {"8": tiny}, "moving": {"8": tiny}, "quantizer": {**tiny, "codes": 8}}
+    settings |= {"image_size": 28, "crops": 24, "batch_size": 3, "warmup_steps": 1}
+    settings |= {part: {"8": settings[part]["1024"] | tiny} for part in ("stage1", "joint", "moving")}
+    settings |= {"quantizer": {**tiny, "codes": 8}}
     settings["small_vit"] |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "image_size": 28}
     settings["decoder"] |= {"decoder_hidden_size": 32, "decoder_intermediate_size": 64}
     (tmp_path / "settings.json").write_text(json.dumps(settings))
@@ -243,7 +244,7 @@ def test_script_of_the_benchmark(tmp_path, image_folder, monkeypatch):
     arguments += ["--config", "settings.json", "--output_dir", "out"]
     no_download = {"TORCH_HOME": str(tmp_path / "torch"), "https_proxy": "http://127.0.0.1:9"}
     output = run(arguments, tmp_path, **no_download)
-    assert "Run 17 of 17" in output
+    assert "Run 23 of 23" in output
     assert {"results.md", "results.json", "curves.png", "pictures.png"} <= {
         p.name for p in (tmp_path / "out").iterdir()
     }

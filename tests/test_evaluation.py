@@ -10,7 +10,7 @@ from test_loading import ROOT, run
 
 from eval.images import find_images
 from eval.metrics import CodebookUsage, pixel_metrics, to_uint8
-from eval.pictures import save_pairs
+from eval.pictures import save_rows
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import VQRAEModel
 
@@ -59,7 +59,7 @@ def test_rounding_never_wraps():
 
 
 def test_pictures_show_originals_above_reconstructions(tmp_path):
-    save_pairs(torch.zeros(3, 3, 8, 8), torch.ones(3, 3, 8, 8) / 2, tmp_path / "a" / "p.png", columns=2)
+    save_rows([torch.zeros(3, 3, 8, 8), torch.ones(3, 3, 8, 8) / 2], tmp_path / "a" / "p.png", columns=2)
     picture = np.asarray(Image.open(tmp_path / "a" / "p.png"))
     assert [picture[2 + 10 * row + 4, 6, 0] for row in range(4)] == [0, 128, 0, 128]
     assert picture[36, 16, 0] == 255

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -29,10 +30,12 @@ def training_arguments(output_dir, **overrides):
 def make_trainer(model, folder, output_dir, **overrides):
     data = load_images(str(folder))
     processor = VQRAEImageProcessor.for_image_size(32)
+    transform = TrainTransform(32, 0.5)
     return VQRAETrainer(
         model,
         training_arguments(output_dir, **overrides),
-        train_dataset=with_pixels(data, TrainTransform(32, 0.5)),
+        train_transform=transform,
+        train_dataset=with_pixels(data, transform),
         eval_dataset=with_pixels(data, EvalTransform(processor)),
         data_collator=collate,
         processing_class=processor,
@@ -63,6 +66,7 @@ trainer.save_model("end")
 
 
 def test_log_and_evaluation(tmp_path, image_folder):
+    """The metrics are those of the averaged weights; the picture has originals, both reconstructions."""
     trainer = make_trainer(VQRAEModel(tiny_config()), image_folder, tmp_path, l1_weight=0.5, vq_weight=2.0)
     trainer.train()
     log = trainer.state.log_history[0]
@@ -75,7 +79,7 @@ def test_log_and_evaluation(tmp_path, image_folder):
     processor = VQRAEImageProcessor.for_image_size(32)
     images = [Image.open(file) for file in find_images(image_folder)]
     pixels = processor(images, return_tensors="pt").pixel_values
-    with torch.no_grad():
+    with torch.no_grad(), trainer.ema.applied():
         output = model(pixels)
     rounded = (output.decoded_pixel_values.clamp(0, 1) * 255).round() / 255
     psnr = (-10 * (rounded - (pixels * 255).round() / 255).pow(2).mean((1, 2, 3)).log10()).mean()
@@ -86,37 +90,24 @@ def test_log_and_evaluation(tmp_path, image_folder):
     entropy = -sum(p * p.log() for p in frequencies if p > 0)
     assert metrics["eval_codebook_perplexity"] == pytest.approx(entropy.exp().item())
     with Image.open(tmp_path / "reconstructions" / "step-0000002.png") as picture:
-        assert picture.size == (8 * 34 + 2, 4 * 34 + 2)
+        assert picture.size == (8 * 34 + 2, 6 * 34 + 2)
 
 
-@pytest.mark.parametrize("freeze_encoder", [True, False])
-def test_resume_equals_an_uninterrupted_run(tmp_path, image_folder, freeze_encoder):
-    """Interrupted between two epochs; DINOv2, whose attention has other names in files than in modules."""
-
-    def train(output_dir, checkpoint=None):
-        torch.manual_seed(0 if checkpoint is None else 1)  # everything comes from the checkpoint
-        model = VQRAEModel(tiny_config("dinov2", freeze_encoder=freeze_encoder))
-        trainer = make_trainer(
-            model, image_folder, output_dir, max_steps=4, save_steps=2, gradient_accumulation_steps=2, seed=1
-        )
-        trainer.train(resume_from_checkpoint=checkpoint)
-        return model.state_dict()
-
-    whole = train(tmp_path / "whole")
-    resumed = train(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-2"))
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-
-
-def test_best_model_is_loaded_whole_at_the_end(tmp_path, image_folder):
+@pytest.mark.parametrize("ema_decay", [0.0, 0.5])
+def test_best_model_is_loaded_whole_at_the_end(tmp_path, image_folder, ema_decay):
     model = VQRAEModel(tiny_config("dinov2", freeze_encoder=False))
     trainer = make_trainer(
         model, image_folder, tmp_path, max_steps=3, save_steps=1, eval_steps=1, eval_strategy="steps",
-        load_best_model_at_end=True, metric_for_best_model="psnr", greater_is_better=True, learning_rate=1.0,
+        load_best_model_at_end=True, metric_for_best_model="psnr", greater_is_better=False, learning_rate=1.0,
+        ema_decay=ema_decay,
     )  # fmt: skip
-    trainer.train()  # at this rate the first step is not the worst
+    trainer.train()  # the "best" is the lowest PSNR here, which is not that of the last step
     best = VQRAEModel.from_pretrained(trainer.state.best_model_checkpoint).state_dict()
     assert not trainer.state.best_model_checkpoint.endswith("checkpoint-3")
-    assert all(torch.equal(tensor, best[name]) for name, tensor in trainer.model.state_dict().items())
+    saved = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())
+    assert saved["best_model_checkpoint"] == trainer.state.best_model_checkpoint
+    with trainer.ema.applied() if ema_decay else nullcontext():
+        assert all(torch.equal(tensor, best[name]) for name, tensor in trainer.model.state_dict().items())
 
 
 def test_losses_equal_their_formulas():
@@ -138,15 +129,6 @@ def test_lpips_equals_the_lpips_package_and_lets_gradients_through(network):
     torch.testing.assert_close(loss, expected, atol=1e-6, rtol=0)
     loss.backward()
     assert x.grad.abs().sum() > 0
-
-
-def test_missing_lpips_weights_are_explained(monkeypatch):
-    def refuse(**kwargs):
-        raise OSError("no network")
-
-    monkeypatch.setattr("training.losses.LearnedPerceptualImagePatchSimilarity", refuse)
-    with pytest.raises(RuntimeError, match="--lpips_weight 0"):
-        PerceptualLoss("vgg")
 
 
 def test_split_keeps_sources_apart():
@@ -172,13 +154,9 @@ def test_exif_rotation_is_applied(tmp_path):
     assert decode_image({"path": str(tmp_path / "turned.jpg"), "bytes": None}).size == (20, 30)
 
 
-def test_empty_folder_and_corrupt_images_are_named(tmp_path):
+def test_empty_folder_and_missing_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="No images"):
         load_images(str(tmp_path))
-    (tmp_path / "broken.png").write_bytes(b"not an image")
-    data = with_pixels(load_images(str(tmp_path)), TrainTransform(32, 0.5))
-    with pytest.raises(ValueError, match="broken.png"):
-        data[0]
     listing = tmp_path / "list.txt"
     listing.write_text("nowhere.png\n")
     with pytest.raises(ValueError, match="nowhere.png"):
@@ -210,8 +188,12 @@ def test_script_trains_saves_and_resumes(tmp_path, image_folder):
         "image_processing_simvq.py",
         "preprocessor_config.json",
         "eval_results.json",
+        "raw_weights.safetensors",
+        "training_report.html",
     } <= set(os.listdir(tmp_path / "out"))
-    assert not list((tmp_path / "out").rglob("*.tmp"))
+    assert not list((tmp_path / "out").rglob("*.tmp")) and not (tmp_path / "out" / "unfinished").exists()
+    report = (tmp_path / "out" / "training_report.html").read_text()
+    assert "PSNR of held-out images" in report and "data:image/png;base64," in report
     listed = (tmp_path / "out" / "heldout_images.txt").read_text().split()
     assert {Path(file).name[0] for file in listed} == {"a"}
     output = run([str(ROOT / "train_hf.py"), "recipe.json", "--max_steps", "3"], tmp_path)
@@ -233,7 +215,7 @@ from test_training import make_trainer
 torch.manual_seed(0)
 trainer = make_trainer(VQRAEModel(tiny_config(codebook_init="kmeans")), {str(image_folder)!r}, "out")
 trainer.train()
-assert trainer.model.config.codebook_init_latents == 64 * 32
+assert trainer.model.config.codebook_init_latents == 64 * 256
 metrics = trainer.evaluate()
 rank = trainer.args.process_index
 result = {{"state": trainer.model.state_dict(), "metrics": metrics, "log": trainer.state.log_history}}

@@ -1,10 +1,14 @@
 """Training data: splits that keep sources apart, random crops, batches."""
 
+import itertools
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import datasets
 import torch
 from torchvision.transforms import v2
+from tqdm import tqdm
 
 from eval.images import decode_image
 from image_processing_simvq import VQRAEImageProcessor
@@ -36,15 +40,50 @@ def split_files(files: list[Path], holdout: float, group_separator: str | None) 
     )
 
 
+def readable_images(files: list[Path], skipped_list: Path) -> list[Path]:
+    """The files that can be decoded; the others are listed with the reason in `skipped_list`. Evaluation must not meet
+    an unreadable image, nor silently another one in its place."""
+
+    def reason(file: Path) -> str | None:
+        try:
+            decode_image({"path": str(file), "bytes": None})
+        except ValueError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor() as pool:
+        reasons = list(tqdm(pool.map(reason, files), total=len(files), desc="Checking held-out images", unit="image"))
+    unreadable = [(file, text) for file, text in zip(files, reasons) if text]
+    if unreadable:
+        skipped_list.parent.mkdir(parents=True, exist_ok=True)
+        with open(skipped_list, "a") as listing:
+            listing.writelines(f"{file}\t{' '.join(text.split())}\n" for file, text in unreadable)
+    return [file for file, text in zip(files, reasons) if not text]
+
+
 class TrainTransform:
     """Encoded images -> random resized crops, flipped at random, (3, size, size) in [0, 1].
+
+    The crop of an image depends on its name, the epoch and the seed, and on nothing else: not on the order, the number
+    of workers or what was drawn before, so that a resumed run meets the crops of the uninterrupted one.
+
+    An image that cannot be read is replaced by the next readable one of its batch (by grey, if there is none) and
+    listed in a file with the reason: a run of days does not end over one file.
 
     Args:
         image_size: side of the crop in pixels.
         min_crop_area: smallest share of the image that a crop covers.
+        seed: of the crops.
+        skipped_list: the file to list unreadable images in. `None`: an unreadable image is an error.
     """
 
-    def __init__(self, image_size: int, min_crop_area: float) -> None:
+    def __init__(
+        self, image_size: int, min_crop_area: float, seed: int = 0, skipped_list: str | Path | None = None
+    ) -> None:
+        self.image_size = image_size
+        self.seed = seed
+        self.skipped_list = None if skipped_list is None else Path(skipped_list)
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by workers that already run
         self.processor = VQRAEImageProcessor.for_image_size(image_size)
         self.augment = v2.Compose(
             [
@@ -56,10 +95,43 @@ class TrainTransform:
                 v2.ToDtype(torch.float32, scale=True),
             ]
         )
+        self._reported = set()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Other crops from here on."""
+        self.epoch.fill_(epoch)
+
+    def count_skipped(self) -> int:
+        """Images in the list, whichever process or run wrote them."""
+        if self.skipped_list is None or not self.skipped_list.exists():
+            return 0
+        return len({line.split("\t")[0] for line in self.skipped_list.read_text().splitlines()})
+
+    def _crop(self, record: dict) -> torch.Tensor | None:
+        try:
+            image = self.processor.convert_to_rgb(decode_image(record))
+        except ValueError as error:
+            if self.skipped_list is None:
+                raise
+            self._report(record["path"] or "(without a name)", str(error))
+            return None
+        name = Path(record["path"]).name.encode() if record["path"] else record["bytes"]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(zlib.crc32(name, zlib.crc32(f"{self.seed} {self.epoch.item()}".encode())))
+            return self.augment(image)
+
+    def _report(self, path: str, reason: str) -> None:
+        if path not in self._reported:  # by this process
+            self._reported.add(path)
+            self.skipped_list.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.skipped_list, "a") as file:  # short lines are appended whole, also by several processes
+                file.write(f"{path}\t{' '.join(reason.split())}\n")
 
     def __call__(self, batch: dict) -> dict:
-        images = [self.processor.convert_to_rgb(decode_image(record)) for record in batch["image"]]
-        return {"pixel_values": [self.augment(image) for image in images]}
+        crops = [self._crop(record) for record in batch["image"]]
+        readable = [crop for crop in crops if crop is not None]
+        substitutes = itertools.cycle(readable or [torch.full((3, self.image_size, self.image_size), 0.5)])
+        return {"pixel_values": [next(substitutes) if crop is None else crop for crop in crops]}
 
 
 class EvalTransform:

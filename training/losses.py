@@ -1,9 +1,45 @@
-"""Losses of the reconstruction."""
+"""Losses of the generator (encoder, quantizer, decoder) and of the discriminator."""
+
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+from torchvision.models import ConvNeXt_Small_Weights, convnext_small
+from torchvision.transforms.functional import normalize
+
+
+@contextmanager
+def _weights_from(folder: str | None):
+    """torchvision looks for its files in `folder`; `None`: in the torch hub cache, and downloads what is missing."""
+    if folder is None:
+        yield
+        return
+    cache = torch.hub.get_dir()
+    with tempfile.TemporaryDirectory() as hub:
+        (Path(hub) / "checkpoints").symlink_to(Path(folder).resolve(), target_is_directory=True)
+        torch.hub.set_dir(hub)
+        try:
+            yield
+        finally:
+            torch.hub.set_dir(cache)
+
+
+def _load(name: str, build, folder: str | None) -> nn.Module:
+    """A frozen network in eval mode."""
+    try:
+        with _weights_from(folder):
+            network = build()
+    except (OSError, RuntimeError) as error:  # URLError is an OSError
+        raise RuntimeError(
+            f"The {name} weights cannot be had ({error}). Put torchvision's file into $TORCH_HOME/hub/checkpoints or "
+            "into the folder of --perceptual_weights, train without (--lpips_weight 0, --convnext_weight 0), or allow "
+            "that: --perceptual_optional."
+        ) from error
+    return network.requires_grad_(False).eval()
 
 
 class PerceptualLoss(nn.Module):
@@ -11,25 +47,49 @@ class PerceptualLoss(nn.Module):
 
     Args:
         network: "vgg" or "alex".
+        folder: where torchvision's checkpoint of that backbone is; `None`: the torch hub cache, or a download.
 
     Raises:
-        RuntimeError: the backbone's weights are not in the torch hub cache and cannot be downloaded.
+        RuntimeError: the backbone's weights are in neither place and cannot be downloaded.
     """
 
-    def __init__(self, network: str = "vgg") -> None:
+    def __init__(self, network: str = "vgg", folder: str | None = None) -> None:
         super().__init__()
-        try:
-            # its network alone: the metric around it refuses pixels that overshoot
-            self.network = LearnedPerceptualImagePatchSimilarity(net_type=network).net
-        except (OSError, RuntimeError) as error:  # URLError is an OSError
-            raise RuntimeError(
-                f"The {network} weights of LPIPS cannot be had ({error}). Put torchvision's checkpoint into "
-                "$TORCH_HOME/hub/checkpoints, or train without: --lpips_weight 0."
-            ) from error
-        self.requires_grad_(False)
+        # its network alone: the metric around it refuses pixels that overshoot
+        self.network = _load(
+            f"{network} (LPIPS)", lambda: LearnedPerceptualImagePatchSimilarity(net_type=network).net, folder
+        )
+
+    def train(self, mode: bool = True):
+        return super().train(False)
 
     def forward(self, reconstruction: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
         return self.network(reconstruction, original, normalize=True).mean()
+
+
+class ConvNextLoss(nn.Module):
+    """Mean squared error between the ImageNet logits that ConvNeXt-S gives for two batches of pixels, nominally in
+    [0, 1], at 224 px: the second part of TiTok's perceptual loss (github.com/bytedance/1d-tokenizer,
+    modeling/modules/perceptual_loss.py), which VQRAE uses.
+
+    Args and raises: as [`PerceptualLoss`].
+    """
+
+    def __init__(self, folder: str | None = None) -> None:
+        super().__init__()
+        self.network = _load("ConvNeXt-S", lambda: convnext_small(weights=ConvNeXt_Small_Weights.IMAGENET1K_V1), folder)
+
+    def train(self, mode: bool = True):
+        return super().train(False)
+
+    def _logits(self, pixels: torch.Tensor) -> torch.Tensor:
+        pixels = F.interpolate(pixels, size=224, mode="bilinear", align_corners=False, antialias=True)
+        return self.network(normalize(pixels, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+
+    def forward(self, reconstruction: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            target = self._logits(original)
+        return F.mse_loss(self._logits(reconstruction), target)
 
 
 class ReconstructionLoss(nn.Module):
@@ -38,17 +98,69 @@ class ReconstructionLoss(nn.Module):
     Args:
         l1_weight, l2_weight: mean absolute and mean squared error over all pixels.
         lpips_weight, lpips_network: see [`PerceptualLoss`].
+        convnext_weight: see [`ConvNextLoss`].
+        folder: of the weights of both.
     """
 
-    def __init__(self, l1_weight: float, l2_weight: float, lpips_weight: float, lpips_network: str) -> None:
+    def __init__(
+        self,
+        l1_weight: float,
+        l2_weight: float,
+        lpips_weight: float,
+        lpips_network: str,
+        convnext_weight: float = 0.0,
+        folder: str | None = None,
+    ) -> None:
         super().__init__()
-        self.weights = {"l1": l1_weight, "l2": l2_weight, "lpips": lpips_weight}
-        self.lpips = PerceptualLoss(lpips_network) if lpips_weight else None
+        self.weights = {"l1": l1_weight, "l2": l2_weight, "lpips": lpips_weight, "convnext": convnext_weight}
+        self.lpips = PerceptualLoss(lpips_network, folder) if lpips_weight else None
+        self.convnext = ConvNextLoss(folder) if convnext_weight else None
 
     def forward(
         self, reconstruction: torch.Tensor, original: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """(B, 3, H, W) each -> the weighted sum and the terms."""
-        losses = {"l1": F.l1_loss, "l2": F.mse_loss, "lpips": self.lpips}
+        losses = {"l1": F.l1_loss, "l2": F.mse_loss, "lpips": self.lpips, "convnext": self.convnext}
         terms = {name: losses[name](reconstruction, original) for name, weight in self.weights.items() if weight}
         return sum(self.weights[name] * term for name, term in terms.items()), terms
+
+
+# Adversarial losses, of logits of any shape (B, ...) ------------------------------------------------------------------
+
+
+def generator_hinge(fake: torch.Tensor) -> torch.Tensor:
+    """`-mean(fake)`: VQGAN, TiTok; RAE calls it vanilla."""
+    return -fake.mean()
+
+
+def generator_non_saturating(fake: torch.Tensor) -> torch.Tensor:
+    """`softplus(-l)` of each image's mean logit `l`, averaged (SimVQ, taming/modules/losses/vqperceptual.py)."""
+    return F.softplus(-fake.flatten(1).mean(1)).mean()
+
+
+def discriminator_hinge(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+    """VQGAN's, with its factor 1/2."""
+    return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+
+
+def discriminator_vanilla(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy, VQGAN's, with its factor 1/2."""
+    return (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2
+
+
+def discriminator_non_saturating(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy of each image's mean logit (SimVQ's, no factor)."""
+    return F.softplus(-real.flatten(1).mean(1)).mean() + F.softplus(fake.flatten(1).mean(1)).mean()
+
+
+GENERATOR_LOSSES = {"hinge": generator_hinge, "non_saturating": generator_non_saturating}
+DISCRIMINATOR_LOSSES = {
+    "hinge": discriminator_hinge,
+    "vanilla": discriminator_vanilla,
+    "non_saturating": discriminator_non_saturating,
+}
+
+
+def lecam(real: torch.Tensor, fake: torch.Tensor, real_average: torch.Tensor, fake_average: torch.Tensor):
+    """LeCam regularization (Tseng et al. 2021) of mean logits against running averages of mean logits, as in TiTok."""
+    return F.relu(real.mean() - fake_average).square() + F.relu(real_average - fake.mean()).square()

@@ -1,24 +1,40 @@
-"""A Trainer for VQRAE: its losses by name, the codebook watched, pictures at each evaluation."""
+"""A Trainer for VQRAE: losses by name, adversary, teacher and averaged weights, exact resumption, pictures."""
 
+import copy
+import hashlib
 import math
+import os
+import shutil
+import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torchvision.io import read_image
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 from transformers.utils import logging
 
 from eval.metrics import CodebookUsage, codebook_statistics, pixel_metrics, to_uint8
-from eval.pictures import save_pairs
-from training.losses import ReconstructionLoss
+from eval.pictures import save_rows
+from training.adversary import Adversary
+from training.data import TrainTransform
+from training.ema import EMA, load_raw
+from training.losses import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, ReconstructionLoss
 
 
 logger = logging.get_logger(__name__)
 
-LATENTS_PER_CODE = 32  # for the k-means of the codebook
+RAW_WEIGHTS = "raw_weights.safetensors"  # beside model.safetensors, which holds the averages
+TEACHER_WEIGHTS = "teacher_encoder.safetensors"
+UNFINISHED = "unfinished"  # checkpoints are written in there, and moved when they are whole
 
 
 @dataclass
@@ -31,10 +47,81 @@ class VQRAETrainingArguments(TrainingArguments):
         default=1.1, metadata={"help": "Weight of LPIPS (VQRAE: 1.1). 0: off, and no weights of it are needed."}
     )
     lpips_network: str = field(default="vgg", metadata={"help": "Backbone of LPIPS: vgg or alex."})
+    convnext_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the squared error of ConvNeXt-S logits (VQRAE, TiTok: 0.1)."}
+    )
+    perceptual_weights: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder with torchvision's files of LPIPS and ConvNeXt-S. Default: torch hub cache, download."
+        },
+    )
+    perceptual_optional: bool = field(
+        default=False, metadata={"help": "Train without LPIPS and ConvNeXt-S where their weights cannot be had."}
+    )
+    vq_weight: float = field(default=1.0, metadata={"help": "Weight of the quantizer's own loss."})
+    distillation_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the squared error between the continuous features of the encoder and those of a frozen "
+            "copy of it from before training. Default: 1.0 in --stage 2 (VQRAE), else 0."
+        },
+    )
     quantizer_lr_multiplier: float = field(
         default=1.0, metadata={"help": "Learning rate of the quantizer, as a multiple of --learning_rate."}
     )
-    vq_weight: float = field(default=1.0, metadata={"help": "Weight of the quantizer's own loss."})
+    encoder_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Of an encoder that is trained. Default: 1e-5 in --stage 2, else --learning_rate."},
+    )
+    ema_decay: float = field(
+        default=0.999,
+        metadata={
+            "help": "Decay of the moving average of the weights, which is evaluated and saved as the model; 0: off. "
+            "Early in training it is (1 + step) / (10 + step) at most."
+        },
+    )
+    gan_weight: float = field(default=0.0, metadata={"help": "Weight of the adversarial loss (VQRAE, stage 2: 0.1)."})
+    gan_start_step: int = field(default=0, metadata={"help": "First step with the adversarial loss."})
+    gan_adaptive: bool = field(
+        default=False,
+        metadata={
+            "help": "Scale the adversarial loss so that its gradient at the decoder's last layer is as long as that of "
+            "the reconstruction (VQGAN, RAE), before --gan_weight."
+        },
+    )
+    gan_generator_loss: str = field(default="hinge", metadata={"help": f"One of {', '.join(GENERATOR_LOSSES)}."})
+    gan_discriminator_loss: str = field(
+        default="hinge", metadata={"help": f"One of {', '.join(DISCRIMINATOR_LOSSES)}."}
+    )
+    lecam_weight: float = field(default=0.0, metadata={"help": "Weight of LeCam regularization (TiTok: 0.001)."})
+    discriminator: str = field(default="patchgan", metadata={"help": "patchgan (VQGAN, SimVQ) or dino (RAE)."})
+    discriminator_name_or_path: str = field(
+        default="facebook/dino-vits8", metadata={"help": "The frozen ViT under the heads of the dino discriminator."}
+    )
+    discriminator_weights: str | None = field(
+        default=None, metadata={"help": "A discriminator.safetensors of an earlier run, to start from."}
+    )
+    discriminator_start_step: int | None = field(
+        default=None, metadata={"help": "First step in which the discriminator learns. Default: --gan_start_step."}
+    )
+    discriminator_learning_rate: float = field(default=1e-4, metadata={"help": "Learning rate of its AdamW."})
+    discriminator_adam_beta1: float = field(default=0.5, metadata={"help": "Beta 1 of its AdamW."})
+    discriminator_adam_beta2: float = field(default=0.9, metadata={"help": "Beta 2 of its AdamW."})
+    discriminator_weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of its AdamW."})
+    discriminator_lr_scheduler_type: str = field(default="constant", metadata={"help": "As --lr_scheduler_type."})
+    discriminator_warmup_steps: int = field(default=0, metadata={"help": "Warm-up of its schedule, in its steps."})
+    discriminator_max_grad_norm: float = field(default=1.0, metadata={"help": "Its gradient clipping; 0: none."})
+    discriminator_augment: bool = field(
+        default=False, metadata={"help": "DiffAugment for what the discriminator sees (RAE)."}
+    )
+    discriminator_cutout: float = field(default=0.0, metadata={"help": "Side of DiffAugment's cutout, as a share."})
+    max_nonfinite_steps: int = field(
+        default=10,
+        metadata={
+            "help": "Steps with a loss or gradient that is not finite are skipped; so many in a row end the run."
+        },
+    )
     num_pictures: int = field(default=16, metadata={"help": "Held-out images in the picture of each evaluation."})
 
     def __post_init__(self):
@@ -42,10 +129,31 @@ class VQRAETrainingArguments(TrainingArguments):
         self.remove_unused_columns = False  # pixels are made from the column `image` when an item is read
         self.label_names = ["pixel_values"]
         self.batch_eval_metrics = True
+        # every parameter gets a gradient, and every process has the same codebook: no need to look, nor to send it
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False
+        if self.ddp_broadcast_buffers is None:
+            self.ddp_broadcast_buffers = False
+        if self.discriminator_start_step is None:
+            self.discriminator_start_step = self.gan_start_step
         if not (self.l1_weight or self.l2_weight or self.lpips_weight):
             raise ValueError("l1_weight, l2_weight and lpips_weight are all 0: nothing would train the decoder.")
-        if not self.quantizer_lr_multiplier >= 0:
-            raise ValueError(f"quantizer_lr_multiplier must not be negative, got {self.quantizer_lr_multiplier}.")
+        for name in ("quantizer_lr_multiplier", "gan_weight", "lecam_weight", "distillation_weight"):
+            if not (getattr(self, name) or 0) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}.")
+        for name, choices in (
+            ("gan_generator_loss", GENERATOR_LOSSES),
+            ("gan_discriminator_loss", DISCRIMINATOR_LOSSES),
+            ("discriminator", ("patchgan", "dino")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got '{getattr(self, name)}'.")
+        if self.max_nonfinite_steps < 1:
+            raise ValueError(f"max_nonfinite_steps must be at least 1, got {self.max_nonfinite_steps}.")
+        if self.gan_weight and self.fp16:
+            raise ValueError("A GAN in fp16 would need a gradient scaler for each network: use --bf16, or neither.")
 
 
 class EvaluationMetrics:
@@ -109,40 +217,125 @@ class CodebookWindow:
         return self._previous + self._current
 
 
+class EpochOfCrops(TrainerCallback):
+    """Tells the transform of the training images which epoch it is."""
+
+    def __init__(self, transform: TrainTransform) -> None:
+        self.transform = transform
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.transform.set_epoch(int((state.epoch or 0) + 1e-6))
+
+
+class WithGradient(torch.autograd.Function):
+    """A number of which the gradient with respect to `pixels` is already known."""
+
+    @staticmethod
+    def forward(ctx, pixels: torch.Tensor, value: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, grad_value: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return ctx.saved_tensors[0] * grad_value, None, None
+
+
 class VQRAETrainer(Trainer):
     """Trains a [`VQRAEModel`] on `pixel_values`.
 
-    The loss is `l1 + l2 + lpips + vq`, weighted as the arguments say. Logs every term, and the utilization and
-    perplexity of the codebook over the latest tokens (`CodebookWindow`), from counts summed over all processes. Where
-    the model's `codebook_init` is "kmeans" and its codes have not been fitted, `train` does that first.
+    The loss is `l1 + l2 + lpips + convnext + vq + distillation + gan`, weighted as the arguments say. One pass of the
+    model serves generator and discriminator, and one backward pass of each loss network gives both its gradient and
+    the adaptive weight. Logs every term, and the utilization and perplexity of the codebook over the latest tokens
+    (`CodebookWindow`), from counts summed over all processes. Where the model's `codebook_init` is "kmeans" and its
+    codes have not been fitted, `train` does that first.
+
+    What is evaluated and saved as the model are the averaged weights ([`EMA`]), unless `ema_decay` is 0; the weights
+    that are trained are beside them in `raw_weights.safetensors`.
     """
 
     loss_is_scaled_for_ga = False  # each micro-batch gives its own mean
 
-    def __init__(self, model, args: VQRAETrainingArguments, **kwargs) -> None:
+    def __init__(
+        self, model, args: VQRAETrainingArguments, train_transform: TrainTransform | None = None, **kwargs
+    ) -> None:
         kwargs.setdefault("compute_metrics", EvaluationMetrics(model.config.codebook_size, args.num_pictures))
         super().__init__(model=model, args=args, **kwargs)
         self.add_callback(SaveModelingCode())
-        self.reconstruction_loss = ReconstructionLoss(
-            args.l1_weight, args.l2_weight, args.lpips_weight, args.lpips_network
-        ).to(args.device)
+        self.train_transform = train_transform
+        if train_transform:
+            self.add_callback(EpochOfCrops(train_transform))
+        self.reconstruction_loss = self._build_reconstruction_loss().to(args.device)
+        self.adversary = Adversary(args) if args.gan_weight else None
+        self.ema = EMA(model, args.ema_decay) if args.ema_decay else None
+        if self.ema:
+            self.add_callback(self.ema)
+        self.teacher = None
+        if args.distillation_weight and not model.config.freeze_encoder:
+            self.teacher = copy.deepcopy(model)
+            self.teacher.config.freeze_encoder = True
+            self.teacher.quantizer = self.teacher.decoder = None
+            self.teacher.requires_grad_(False).eval()
+        self._saving = False
         self._terms = {}
+        self._pairs_of_step = self._last_pixels = None  # pixels and reconstructions
         self._window = CodebookWindow(model.config.codebook_size)
         self._collapse_reported = False
+        self._step_is_finite, self._nonfinite_steps, self._nonfinite_in_a_row = True, 0, 0
+        self._last_log = None  # time and step
+
+    def _build_reconstruction_loss(self) -> ReconstructionLoss:
+        args = self.args
+        try:
+            return ReconstructionLoss(
+                args.l1_weight,
+                args.l2_weight,
+                args.lpips_weight,
+                args.lpips_network,
+                args.convnext_weight,
+                args.perceptual_weights,
+            )
+        except RuntimeError as error:
+            if not args.perceptual_optional or not (args.l1_weight or args.l2_weight):
+                raise
+            logger.warning(f"{error} --perceptual_optional is set: training without LPIPS and ConvNeXt-S.")
+            return ReconstructionLoss(args.l1_weight, args.l2_weight, 0.0, args.lpips_network)
+
+    # Optimizers ------------------------------------------------------------------------------------------------------
 
     def create_optimizer(self, model=None):
+        """Trainer's, in groups named decoder, quantizer and encoder with learning rates of their own; and the
+        adversary's."""
+        created = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        if self.args.quantizer_lr_multiplier != 1:
-            own = {id(p) for p in self.accelerator.unwrap_model(self.model).quantizer.parameters()}
-            for group in list(optimizer.param_groups):
-                moved = [p for p in group["params"] if id(p) in own]
-                group["params"] = [p for p in group["params"] if id(p) not in own]
-                if moved:
-                    rate = group["lr"] * self.args.quantizer_lr_multiplier
-                    optimizer.add_param_group({**group, "params": moved, "lr": rate})
+        if created:
+            part = {}
+            for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters():
+                part[id(parameter)] = name.split(".")[0] if name.startswith(("encoder.", "quantizer.")) else "decoder"
+            base = self.args.learning_rate
+            rates = {"decoder": base, "quantizer": base * self.args.quantizer_lr_multiplier}
+            encoder = self.args.encoder_learning_rate
+            rates["encoder"] = base if encoder is None else encoder
+            groups = list(optimizer.param_groups)
+            optimizer.param_groups.clear()
+            for name, rate in rates.items():
+                for group in groups:
+                    parameters = [p for p in group["params"] if part[id(p)] == name]
+                    if parameters:
+                        optimizer.add_param_group({**group, "params": parameters, "lr": rate, "name": name})
+        if self.adversary:
+            self.adversary.prepare(self.accelerator)
         return optimizer
 
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        if self.adversary:
+            self.adversary.prepare_schedule(num_training_steps)
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    # Starting and resuming -------------------------------------------------------------------------------------------
+
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        if self.is_world_process_zero():
+            shutil.rmtree(Path(self.args.output_dir) / UNFINISHED, ignore_errors=True)
         config = self.accelerator.unwrap_model(self.model).config
         if resume_from_checkpoint:
             checkpoint = resume_from_checkpoint
@@ -153,7 +346,26 @@ class VQRAETrainer(Trainer):
                 config.codebook_init, config.codebook_init_latents = saved.codebook_init, saved.codebook_init_latents
         elif config.codebook_init == "kmeans" and config.codebook_init_latents is None:
             self.initialize_codebook()
+        self._check_codebook()
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _check_codebook(self) -> None:
+        """Every process must have the same codebook: it is frozen, so nothing would ever make them agree.
+
+        Raises:
+            RuntimeError: they have not.
+        """
+        if self.accelerator.num_processes == 1:
+            return
+        codes = self.accelerator.unwrap_model(self.model).quantizer.embedding.weight
+        digest = hashlib.sha256(codes.detach().cpu().float().numpy().tobytes()).hexdigest()
+        digests = [None] * self.accelerator.num_processes
+        torch.distributed.all_gather_object(digests, digest)
+        if len(set(digests)) > 1:
+            raise RuntimeError(
+                f"The processes have different codebooks ({', '.join(x[:8] for x in digests)}): build the model from "
+                "the same checkpoint, or after set_seed, on each of them."
+            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Trainer copies tensors by their names in the file. Some names are only mapped to the modules' by
@@ -162,6 +374,11 @@ class VQRAETrainer(Trainer):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         model = self.accelerator.unwrap_model(self.model if model is None else model)
         model.load_state_dict(type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype).state_dict())
+        if self.ema:
+            self.ema.start()
+        raw = os.path.join(resume_from_checkpoint, RAW_WEIGHTS)
+        if os.path.isfile(raw):
+            load_raw(model, raw)
 
     def _load_best_model(self):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -169,9 +386,12 @@ class VQRAETrainer(Trainer):
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def initialize_codebook(self) -> None:
-        """Fits the codes to crops of the training images, see [`VQRAEModel.initialize_codebook`]."""
+        """Fits the codes to crops of the training images, see [`VQRAEModel.initialize_codebook`]: 32 latents a code,
+        and for few codes up to 256 (`benchmarks/collapse.py`)."""
         model = self.accelerator.unwrap_model(self.model)
-        needed = math.ceil(LATENTS_PER_CODE * model.config.codebook_size / self.accelerator.num_processes)
+        codes = model.config.codebook_size
+        latents_per_code = max(32, min(256, 2**18 // codes))
+        needed = math.ceil(latents_per_code * codes / self.accelerator.num_processes)
         state = torch.random.get_rng_state()
         torch.manual_seed(self.args.seed + self.accelerator.process_index)
         progress = tqdm(
@@ -179,8 +399,11 @@ class VQRAETrainer(Trainer):
         )
 
         def batches():
-            seen = 0
-            while seen < needed:  # other crops in every round
+            seen = passes = 0
+            while seen < needed:
+                passes += 1
+                if self.train_transform:
+                    self.train_transform.set_epoch(-passes)  # other crops in every pass, and not those of training
                 for batch in self.get_train_dataloader():
                     patches = batch["pixel_values"][0, 0].numel() // model.config.decoder_patch_size**2
                     latents = len(batch["pixel_values"]) * patches
@@ -191,17 +414,192 @@ class VQRAETrainer(Trainer):
                         return
 
         with progress:
-            model.initialize_codebook(batches(), LATENTS_PER_CODE, seed=self.args.seed)
+            model.initialize_codebook(batches(), latents_per_code, seed=self.args.seed)
         torch.random.set_rng_state(state)
+
+    # Checkpoints -----------------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model, trial):
+        """Trainer's, written beside and then moved: what is named `checkpoint-N` is whole."""
+        output_dir, name = Path(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        push = self.args.push_to_hub
+        self.args.push_to_hub, self._saving = False, True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.push_to_hub, self._saving = push, False
+        self.accelerator.wait_for_everyone()
+        best = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        if self.state.best_global_step and (best.name == name or best.exists()):
+            self.state.best_model_checkpoint = str(best)  # Trainer has noted where it wrote it
+        if self.is_world_process_zero():
+            self.state.save_to_json(str(output_dir / UNFINISHED / name / TRAINER_STATE_NAME))
+            shutil.rmtree(output_dir / name, ignore_errors=True)
+            os.replace(output_dir / UNFINISHED / name, output_dir / name)
+            (output_dir / UNFINISHED).rmdir()
+            rotate_checkpoints(
+                output_dir=str(output_dir),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        self.accelerator.wait_for_everyone()
+        if push:
+            self._push_from_checkpoint(str(output_dir / name))
+
+    def _get_output_dir(self, trial):
+        """Where `_save_checkpoint` of Trainer writes."""
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, UNFINISHED) if self._saving else folder
+
+    def _save(self, output_dir=None, state_dict=None):
+        """The model with averaged weights; beside it the raw ones, and the discriminator."""
+        output_dir = output_dir or self.args.output_dir
+        with self.ema.applied() if self.ema else nullcontext():
+            super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            if self.ema and self.ema.averages is not None:
+                self.ema.save_raw(os.path.join(output_dir, RAW_WEIGHTS))
+            if self.adversary:
+                self.adversary.save_weights(output_dir)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        if not self.args.should_save:
+            return
+        if self.adversary:
+            self.adversary.save(output_dir)
+        if self.teacher:
+            save_file(self.teacher.encoder.state_dict(), os.path.join(output_dir, TEACHER_WEIGHTS))
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        if self.adversary:
+            self.adversary.load(checkpoint)
+        if self.teacher:
+            path = os.path.join(checkpoint, TEACHER_WEIGHTS)
+            if not os.path.isfile(path):
+                raise ValueError(f"{checkpoint} has no {TEACHER_WEIGHTS}: it is not of a run with distillation.")
+            self.teacher.encoder.load_state_dict(load_file(path))
+
+    # Steps -----------------------------------------------------------------------------------------------------------
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        finite = loss.isfinite().float()
+        if self.accelerator.num_processes > 1:
+            finite = self.accelerator.reduce(finite, reduction="mean")
+        self._step_is_finite &= finite.item() == 1
+        if self._discriminator_learns():
+            if self._step_is_finite:
+                self._add_terms(self.adversary.backward(*self._pairs_of_step, self.current_gradient_accumulation_steps))
+            if self.accelerator.sync_gradients:
+                norm = self.adversary.step() if self._step_is_finite else self.adversary.discard()
+                if norm is not None:
+                    self._add_terms({"grad_norm_discriminator": norm})
+        self._last_pixels, self._pairs_of_step = self._pairs_of_step[0], None
+        return loss
+
+    def _discriminator_learns(self) -> bool:
+        return bool(self.adversary) and self.state.global_step >= self.args.discriminator_start_step
+
+    def _add_terms(self, terms: dict[str, torch.Tensor]) -> None:
+        for name, term in terms.items():
+            self._terms.setdefault(name, []).append(term.detach())
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Called before each step of the optimizer, when gradients have been summed over processes and clipped: a step
+        that is not finite on any process is skipped on all of them."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        finite = self._step_is_finite and math.isfinite(norm)
+        self._step_is_finite = True
+        if finite:
+            self._nonfinite_in_a_row = 0
+            return norm
+        self._nonfinite_steps += 1
+        self._nonfinite_in_a_row += 1
+        if self._nonfinite_in_a_row >= self.args.max_nonfinite_steps:
+            raise FloatingPointError(
+                f"{self._nonfinite_in_a_row} steps in a row were not finite, the last one is "
+                f"{self.state.global_step + 1}: {self._name_nonfinite()}. The weights are those from before; the last "
+                "checkpoint is intact. Try a lower learning rate, a longer warm-up, or bf16 in place of fp16."
+            )
+        logger.warning(f"Step {self.state.global_step + 1} is skipped: its loss or gradient is not finite.")
+        if self.accelerator.scaler is None:  # which skips by itself
+            model.zero_grad(set_to_none=True)  # an optimizer passes over what has no gradient
+        return norm
+
+    def _name_nonfinite(self) -> str:
+        """The first module whose output is not finite on the last batch; or a parameter whose gradient is not."""
+        model = self.accelerator.unwrap_model(self.model)
+        found = []
+
+        def look(name):
+            def hook(module, inputs, output):
+                tensors = output if isinstance(output, (tuple, list)) else [output]
+                if not found and any(
+                    isinstance(t, torch.Tensor) and t.is_floating_point() and not t.isfinite().all() for t in tensors
+                ):
+                    found.append(f"the first output that is not finite is that of {name}")
+
+            return hook
+
+        hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
+        try:
+            with torch.no_grad():
+                model(self._last_pixels, return_loss=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for name, parameter in reversed(list(model.named_parameters())):
+            if not found and parameter.grad is not None and not parameter.grad.isfinite().all():
+                found.append(f"outputs are finite, the gradient of {name} is not")
+        return found[0] if found else "outputs and gradients of this process are finite, its losses are not"
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         pixels = inputs["pixel_values"]
         outputs = model(pixels, return_loss=False)
-        loss, terms = self.reconstruction_loss(outputs.decoded_pixel_values, pixels)
+        reconstruction = outputs.decoded_pixel_values
+        if not torch.is_grad_enabled():
+            loss, _ = self.reconstruction_loss(reconstruction, pixels)
+            loss = loss + self.args.vq_weight * outputs.embedding_loss
+            return (loss, outputs) if return_outputs else loss
+
+        # The graph is cut at the pixels: a loss network gives its gradient there and then lets go of its activations,
+        # before the model's own backward pass; and the adaptive weight needs no second pass through it.
+        leaf = reconstruction.detach().requires_grad_()
+        scale = self.accelerator.scaler.get_scale() if self.accelerator.scaler else 1.0  # fp16: small gradients
+
+        def gradient(value):
+            return torch.autograd.grad(value * scale, leaf)[0] / scale
+
+        loss, terms = self.reconstruction_loss(leaf, pixels)
+        direction = gradient(loss)
+        loss = loss.detach()
+        if self.adversary and self.state.global_step >= self.args.gan_start_step:
+            adversarial = self.adversary.generator_loss(leaf)
+            adversarial_direction = gradient(adversarial)
+            weight = self.args.gan_weight
+            if self.args.gan_adaptive:
+                last_layer = self.accelerator.unwrap_model(model).decoder.decoder_pred.weight
+                ratio = adaptive_weight(reconstruction, last_layer, direction, adversarial_direction)
+                self._add_terms({"adaptive_weight": ratio})
+                weight = weight * ratio
+            direction = direction + weight * adversarial_direction
+            loss = loss + weight * adversarial.detach()
+            terms["gan"] = adversarial
+        loss = WithGradient.apply(reconstruction, loss, direction)
         loss = loss + self.args.vq_weight * outputs.embedding_loss
-        if model.training:
-            for name, term in {**terms, "vq": outputs.embedding_loss}.items():
-                self._terms.setdefault(f"loss_{name}", []).append(term.detach())
+        terms["vq"] = outputs.embedding_loss
+        if self.teacher:
+            with torch.no_grad(), self.accelerator.autocast():
+                target = self.teacher.get_image_features(pixels)
+            terms["distillation"] = F.mse_loss(outputs.last_hidden_state.float(), target.float())
+            loss = loss + self.args.distillation_weight * terms["distillation"]
+        self._add_terms({f"loss_{name}": term for name, term in terms.items()})
+        self._pairs_of_step = pixels, reconstruction.detach()
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -210,17 +608,33 @@ class VQRAETrainer(Trainer):
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         return loss.detach(), (outputs.decoded_pixel_values, outputs.image_tokens), inputs["pixel_values"]
 
+    # Log and evaluation ----------------------------------------------------------------------------------------------
+
     def log(self, logs, start_time=None):
         if "loss" in logs and self._terms:
             for name, values in self._terms.items():
                 logs[name] = self.accelerator.reduce(torch.stack(values).mean(), reduction="mean").item()
             self._terms = {}
+            for group in self.optimizer.param_groups:
+                logs[f"learning_rate_{group['name']}"] = group["lr"]
+            if self.adversary:
+                logs["learning_rate_discriminator"] = self.adversary.optimizer.param_groups[0]["lr"]
+            now, step = time.time(), self.state.global_step
+            if self._last_log and step > self._last_log[1]:
+                images = (step - self._last_log[1]) * self.args.train_batch_size * self.accelerator.num_processes
+                images *= self.args.gradient_accumulation_steps
+                logs["images_per_second"] = images / (now - self._last_log[0])
+            self._last_log = now, step
             quantizer = self.accelerator.unwrap_model(self.model).quantizer
             counts = self._window.add(self.accelerator.reduce(quantizer.get_codebook_counts(), reduction="sum"))
             logs |= codebook_statistics(counts)
             self._report_collapse(logs)
             if nonfinite := quantizer.get_num_nonfinite():
                 logs["nonfinite_latents"] = nonfinite
+            if self._nonfinite_steps:
+                logs["nonfinite_steps"] = self._nonfinite_steps
+            if self.train_transform and (skipped := self.train_transform.count_skipped()):
+                logs["skipped_images"] = skipped
             quantizer.reset_codebook_usage()
         super().log(logs, start_time)
 
@@ -242,13 +656,51 @@ class VQRAETrainer(Trainer):
             )
 
     def evaluate(self, *args, **kwargs):
-        quantizer = self.accelerator.unwrap_model(self.model).quantizer
-        training_counts = quantizer._counts  # held-out tokens are counted by the metrics, not by the training log
-        quantizer._counts = None
-        metrics = super().evaluate(*args, **kwargs)
-        quantizer._counts = training_counts
+        model = self.accelerator.unwrap_model(self.model)
+        training_counts = model.quantizer._counts  # held-out tokens are counted by the metrics, not by the training log
+        model.quantizer._counts = None
+        with self.ema.applied() if self.ema else nullcontext():
+            metrics = super().evaluate(*args, **kwargs)
         pictures = getattr(self.compute_metrics, "pictures", None)
         if pictures and self.is_world_process_zero():
+            if self.ema and self.ema.averages is not None:  # originals, raw, averaged
+                training = model.training
+                model.eval()
+                with torch.no_grad():
+                    raw = model(pictures[0].to(self.args.device), return_loss=False).decoded_pixel_values
+                model.train(training)
+                pictures = pictures[0], raw.cpu(), pictures[1]
             path = Path(self.args.output_dir) / "reconstructions" / f"step-{self.state.global_step:07d}.png"
-            save_pairs(*pictures, path)
+            save_rows(pictures, path)
+            self._show(path)
+        model.quantizer._counts = training_counts
+        self._last_log = None  # evaluation is no training time
         return metrics
+
+    def _show(self, path: Path) -> None:
+        """Sends a picture to the trackers of --report_to that take pictures."""
+        step = self.state.global_step
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+                callback.tb_writer.add_image("reconstructions", read_image(str(path)), step)
+        if "trackio" in self.args.report_to:
+            import trackio
+
+            trackio.log({"reconstructions": trackio.Image(str(path))}, step=step)
+
+
+def adaptive_weight(
+    reconstruction: torch.Tensor, last_layer: torch.Tensor, direction: torch.Tensor, adversarial_direction: torch.Tensor
+) -> torch.Tensor:
+    """VQGAN's: the ratio of the lengths of two gradients at the last layer, at most 1e4 (epsilon 1e-6, as RAE has it).
+
+    Args:
+        reconstruction: (B, 3, H, W), in the graph of `last_layer`.
+        last_layer: the weight of the decoder's last layer.
+        direction, adversarial_direction: gradients of the two losses at `reconstruction`.
+    """
+    lengths = [
+        torch.autograd.grad(reconstruction, last_layer, gradient, retain_graph=True)[0].norm()
+        for gradient in (direction, adversarial_direction)
+    ]
+    return (lengths[0] / (lengths[1] + 1e-6)).clamp(0, 1e4)

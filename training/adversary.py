@@ -1,0 +1,172 @@
+"""The adversary of a tokenizer: a discriminator with its own optimizer, schedule and clipping."""
+
+import contextlib
+import math
+import os
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import get_scheduler
+
+from training.discriminators import DinoDiscriminator, PatchDiscriminator, augment
+from training.losses import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, lecam
+
+
+WEIGHTS, STATE = "discriminator.safetensors", "discriminator_optimizer.pt"
+
+
+class _Pair(nn.Module):
+    """Real and fake images through the discriminator, one after the other (batch norms see one kind), in one forward
+    pass for DistributedDataParallel. Holds LeCam's running averages of the mean logits."""
+
+    def __init__(self, discriminator: nn.Module) -> None:
+        super().__init__()
+        self.discriminator = discriminator
+        self.register_buffer("averages", torch.zeros(2))  # of real and of fake logits
+
+    def forward(self, real: torch.Tensor, fake: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.discriminator(real), self.discriminator(fake)
+
+
+class Adversary:
+    """Everything about the discriminator but its networks (`training/discriminators.py`).
+
+    Args:
+        args: `VQRAETrainingArguments`, those that begin with `gan_` and `discriminator_`.
+    """
+
+    average_decay = 0.999  # of LeCam, as in TiTok
+
+    def __init__(self, args) -> None:
+        self.args = args
+        if args.discriminator == "dino":
+            discriminator = DinoDiscriminator(args.discriminator_name_or_path)
+        else:
+            discriminator = PatchDiscriminator()
+        self.pair = _Pair(discriminator).to(args.device)
+        if args.discriminator_weights:
+            self._load_weights(args.discriminator_weights)
+        self.generator_criterion = GENERATOR_LOSSES[args.gan_generator_loss]
+        self.criterion = DISCRIMINATOR_LOSSES[args.gan_discriminator_loss]
+        self.wrapped = self.optimizer = self.scheduler = None
+
+    def prepare(self, accelerator) -> None:
+        """Makes the optimizer and wraps the discriminator for several processes."""
+        if self.optimizer is not None:
+            return
+        self.accelerator = accelerator
+        optimizer = torch.optim.AdamW(
+            [parameter for parameter in self.pair.parameters() if parameter.requires_grad],
+            lr=self.args.discriminator_learning_rate,
+            betas=(self.args.discriminator_adam_beta1, self.args.discriminator_adam_beta2),
+            weight_decay=self.args.discriminator_weight_decay,
+        )
+        self.wrapped, self.optimizer = accelerator.prepare(self.pair, optimizer)
+
+    def prepare_schedule(self, num_training_steps: int) -> None:
+        """Makes the schedule, over the steps in which the discriminator learns."""
+        name = self.args.discriminator_lr_scheduler_type
+        same = name == self.args.lr_scheduler_type
+        self.scheduler = get_scheduler(
+            name,
+            self.optimizer.optimizer,
+            num_warmup_steps=self.args.discriminator_warmup_steps,
+            num_training_steps=max(1, num_training_steps - self.args.discriminator_start_step),
+            scheduler_specific_kwargs=self.args.lr_scheduler_kwargs if same else None,
+        )
+
+    def generator_loss(self, fake: torch.Tensor) -> torch.Tensor:
+        """The generator's term for (B, 3, H, W) reconstructions; only they get a gradient."""
+        self.pair.requires_grad_(False)
+        self.pair.eval()  # spectral norms as they are
+        loss = self.generator_criterion(self.pair.discriminator(self._augmented(fake)))
+        for parameter in self._trainable():
+            parameter.requires_grad_(True)
+        return loss
+
+    def _trainable(self) -> list[nn.Parameter]:
+        return [p for name, p in self.pair.named_parameters() if ".backbone." not in name]
+
+    def _augmented(self, pixels: torch.Tensor) -> torch.Tensor:
+        return augment(pixels, self.args.discriminator_cutout) if self.args.discriminator_augment else pixels
+
+    def backward(self, real: torch.Tensor, fake: torch.Tensor, accumulation_steps: int) -> dict[str, torch.Tensor]:
+        """Adds the gradient of the discriminator's loss on a micro-batch.
+
+        Args:
+            real, fake: (B, 3, H, W), nominally in [0, 1]; no gradient reaches them.
+            accumulation_steps: micro-batches in this step.
+
+        Returns:
+            Its loss and mean logits by name, for the log.
+        """
+        real, fake = real.detach(), fake.detach()
+        if self.pair.discriminator.clamps_fakes:  # overshooting pixels would give every fake away
+            fake = fake.clamp(0, 1)
+        self.wrapped.train()
+        last = self.accelerator.sync_gradients
+        with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+            real_logits, fake_logits = self.wrapped(self._augmented(real), self._augmented(fake))
+            loss = self.criterion(real_logits, fake_logits)
+            means = torch.stack([real_logits.detach().mean(), fake_logits.detach().mean()])
+            terms = {"discriminator": loss.detach()}
+            if self.args.lecam_weight:
+                terms["lecam"] = lecam(real_logits, fake_logits, *self.pair.averages)
+                loss = loss + self.args.lecam_weight * terms["lecam"]
+                terms["lecam"] = terms["lecam"].detach()
+                means = self.accelerator.reduce(means, reduction="mean")
+                self.pair.averages.lerp_(means, 1 - self.average_decay)
+            self.accelerator.backward(loss / accumulation_steps)
+        return {
+            **{f"loss_{name}": term for name, term in terms.items()},
+            "logits_real": means[0],
+            "logits_fake": means[1],
+        }
+
+    def step(self) -> torch.Tensor | None:
+        """Clips and applies the gradient; returns its norm before clipping, or `None` where it is not finite and
+        nothing was applied."""
+        limit = self.args.discriminator_max_grad_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self._trainable(), limit)
+        finite = bool(norm.isfinite())
+        if finite:
+            self.optimizer.step()
+            self.scheduler.step()
+        self.optimizer.zero_grad()
+        return norm.detach() if finite else None
+
+    def discard(self) -> None:
+        """Forgets the gradient of this step."""
+        self.pair.zero_grad()
+
+    def save_weights(self, folder: str) -> None:
+        tensors = {name: tensor for name, tensor in self.pair.state_dict().items() if ".backbone." not in name}
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, os.path.join(folder, WEIGHTS))
+
+    def save(self, folder: str) -> None:
+        """Writes weights, optimizer and schedule into a checkpoint."""
+        self.save_weights(folder)
+        state = {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
+        torch.save(state, os.path.join(folder, STATE))
+
+    def load(self, folder: str) -> None:
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: the checkpoint has no discriminator, or another one.
+        """
+        self._load_weights(os.path.join(folder, WEIGHTS))
+        state = torch.load(os.path.join(folder, STATE), map_location="cpu", weights_only=True)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+
+    def _load_weights(self, path: str) -> None:
+        if not os.path.isfile(path):
+            raise ValueError(f"There is no discriminator in {path}. Resume with the options of the run that wrote it.")
+        tensors = load_file(path)
+        own = {name for name in self.pair.state_dict() if ".backbone." not in name}
+        if own != tensors.keys():
+            different = sorted(own ^ tensors.keys())[:3]
+            raise ValueError(f"{path} holds another discriminator than '{self.args.discriminator}': {different}.")
+        self.pair.load_state_dict(tensors, strict=False)

@@ -1,0 +1,69 @@
+"""An exponential moving average of the weights that are trained."""
+
+from contextlib import contextmanager
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import TrainerCallback
+
+
+class EMA(TrainerCallback):
+    """Averages `a += (1 - d) (w - a)` after each step, with `d = min(decay, (1 + step) / (10 + step))`, so that early
+    averages forget the initial weights. Weights that are not trained have none.
+
+    Args:
+        model: the unwrapped model.
+        decay: in (0, 1).
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.averages = None  # {name: tensor}
+
+    def start(self) -> None:
+        """The averages become the present weights."""
+        self.averages = {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.averages is None:  # else they came from a checkpoint
+            self.start()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        step = state.global_step
+        decay = min(self.decay, (1 + step) / (10 + step))
+        weights = [p.detach() for p in self.parameters.values()]
+        torch._foreach_lerp_(list(self.averages.values()), weights, 1 - decay)
+
+    @contextmanager
+    def applied(self):
+        """The model has the averages as its weights; they change places, nothing is copied."""
+        if self.averages is None:
+            yield
+            return
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.data, self.averages[name] = self.averages[name], parameter.data
+
+    def save_raw(self, path: str) -> None:
+        """Writes the weights that are being trained, not the averages."""
+        save_file({name: p.detach().contiguous() for name, p in self.parameters.items()}, path)
+
+
+def load_raw(model: nn.Module, path: str) -> None:
+    """Puts what `EMA.save_raw` wrote into a model.
+
+    Raises:
+        ValueError: the file is of another model.
+    """
+    tensors = load_file(path)
+    unexpected = model.load_state_dict(tensors, strict=False).unexpected_keys
+    if unexpected:
+        raise ValueError(f"{path} is of another model: it has {unexpected[:3]}.")
