@@ -8,8 +8,9 @@
         --output_dir runs/stage2 --max_steps 20000 --per_device_train_batch_size 32 --learning_rate 1e-4
 
 Options may also stand in one JSON or YAML file, and flags behind it override what it says; configs/ has the published
-recipes. Every option of transformers' TrainingArguments works: --bf16, --gradient_accumulation_steps, --report_to
-tensorboard, --resume_from_checkpoint, --push_to_hub, ...; `accelerate launch train_hf.py ...` for several processes.
+recipes. The options of transformers' TrainingArguments work: --bf16, --gradient_accumulation_steps, --report_to
+tensorboard, --resume_from_checkpoint, --push_to_hub, ...; `accelerate launch train_hf.py ...` for several processes
+(DDP; FSDP and DeepSpeed are refused).
 """
 
 import json
@@ -18,7 +19,9 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 import yaml
+from accelerate.utils import broadcast_object_list
 from datasets import IterableDataset
 from transformers import HfArgumentParser, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -123,7 +126,7 @@ def load_model(args: ModelArguments) -> VQRAEModel:
         print(f"Loading the encoder {args.encoder_name_or_path} (downloaded if it is on the hub and not cached).")
         model = VQRAEModel.from_encoder_pretrained(args.encoder_name_or_path, **config)
     elif args.model_name_or_path:
-        model = VQRAEModel.from_pretrained(args.model_name_or_path, **config)
+        model = VQRAEModel.from_pretrained(args.model_name_or_path, dtype=torch.float32, **config)
     else:
         model = VQRAEModel(VQRAEConfig(**config))
     if args.attn_implementation:
@@ -131,22 +134,34 @@ def load_model(args: ModelArguments) -> VQRAEModel:
     return model
 
 
-def load_data(args: DataArguments, output_dir: str, skipped_list: Path):
-    """Training and held-out datasets with a column `image`; a held-out part of a folder is listed in a file, unreadable
-    images of it in another."""
+def load_data(args: DataArguments, training_args: VQRAETrainingArguments, skipped_list: Path):
+    """Training and held-out datasets with a column `image`. A held-out part of a folder is listed in a file; unreadable
+    held-out images are left out, and listed in another."""
     hub = {"config_name": args.dataset_config_name, "image_column": args.image_column}
+    listing = None
     if args.eval_data or not Path(args.train_data).exists():
         train = load_images(args.train_data, args.train_split, streaming=args.streaming, **hub)
-        held_out = load_images(args.eval_data or args.train_data, args.eval_split, **hub)
+        local = Path(args.eval_data or args.train_data).exists()
+        eval_files = find_images(args.eval_data or args.train_data) if local else None
     else:
         train_files, eval_files = split_files(find_images(args.train_data), args.holdout, args.group_separator)
-        eval_files = readable_images(eval_files, skipped_list)
+        train = dataset_of_files(train_files)
+        listing = Path(training_args.output_dir) / "heldout_images.txt"
+    if eval_files is None:
+        held_out = load_images(args.eval_data or args.train_data, args.eval_split, **hub)
+        if args.max_eval_samples:
+            held_out = held_out.select(range(min(len(held_out), args.max_eval_samples)))
+    else:
+        readable = [None]
+        if training_args.process_index == 0:
+            readable = [readable_images(eval_files[: args.max_eval_samples], skipped_list)]
+        eval_files = broadcast_object_list(readable)[0]
         if not eval_files:
-            raise ValueError(f"None of the held-out images can be read, see {skipped_list}; pass --eval_data.")
-        train, held_out = dataset_of_files(train_files), dataset_of_files(eval_files)
-        os.makedirs(output_dir, exist_ok=True)
-        listing = Path(output_dir) / "heldout_images.txt"
-        unfinished = listing.with_suffix(f".{os.getpid()}.tmp")  # every process writes the same
+            raise ValueError(f"None of the held-out images can be read, see {skipped_list}; pass other --eval_data.")
+        held_out = dataset_of_files(eval_files)
+    if listing and training_args.process_index == 0:
+        os.makedirs(training_args.output_dir, exist_ok=True)
+        unfinished = listing.with_suffix(".tmp")
         unfinished.write_text("".join(f"{file.resolve()}\n" for file in eval_files))
         os.replace(unfinished, listing)
         print(f"{len(train_files)} images to train on, {len(eval_files)} held out ({listing}).")
@@ -155,8 +170,6 @@ def load_data(args: DataArguments, output_dir: str, skipped_list: Path):
         train = train.shuffle(seed=0, buffer_size=args.shuffle_buffer)
     if args.max_train_samples:
         train = train.take(args.max_train_samples) if streams else train.take(min(len(train), args.max_train_samples))
-    if args.max_eval_samples:
-        held_out = held_out.select(range(min(len(held_out), args.max_eval_samples)))
     return train, held_out
 
 
@@ -179,7 +192,7 @@ def main() -> None:
     size = model.config.image_size
     processor = VQRAEImageProcessor.for_image_size(size)
     skipped_list = Path(training_args.output_dir) / "skipped_images.txt"
-    train, held_out = load_data(data_args, training_args.output_dir, skipped_list)
+    train, held_out = load_data(data_args, training_args, skipped_list)
     transform = TrainTransform(size, data_args.min_crop_area, training_args.seed, skipped_list)
     trainer = VQRAETrainer(
         model=model,

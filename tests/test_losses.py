@@ -314,7 +314,10 @@ def test_lecam_averages_follow_the_logits(tmp_path):
 
     adversary = Adversary(args)
     adversary.prepare(Accelerator(cpu=True))
+    adversary.prepare_schedule(10)
     terms = adversary.backward(torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32), 1)
+    assert not adversary.pair.averages.any()
+    adversary.step()
     torch.testing.assert_close(
         adversary.pair.averages, 0.001 * torch.stack([terms["logits_real"], terms["logits_fake"]])
     )

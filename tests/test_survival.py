@@ -1,5 +1,6 @@
 """Runs that survive: exact resumption, kills, numbers that are not finite, images that cannot be read."""
 
+import copy
 import os
 import signal
 import subprocess
@@ -13,13 +14,14 @@ from conftest import tiny_config
 from PIL import Image
 from safetensors.torch import load_file
 from test_loading import ROOT
-from test_training import make_trainer
+from test_training import make_trainer, training_arguments
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from eval.images import decode_image, find_images, load_images
 from modeling_simvq import VQRAEModel
 from training.data import TrainTransform, collate, readable_images, with_pixels
+from training.ema import EMA
 
 
 EVERYTHING = {
@@ -71,7 +73,7 @@ def test_resume_is_exact_at_every_step(tmp_path, image_folder, workers):
     """In the middle of an epoch and at its end, with accumulation, random crops, noise and DiffAugment."""
     options = {"dataloader_num_workers": workers, "discriminator_augment": True}
     whole = everything_trained(image_folder, tmp_path / "whole", **options)
-    for step in (1, 2, 3, 4) if workers == 0 else (2,):
+    for step in (1, 2, 4, 5) if workers == 0 else (2,):  # 5: nothing is left to do
         checkpoint = str(tmp_path / "whole" / f"checkpoint-{step}")
         resumed = everything_trained(image_folder, tmp_path / f"resumed-{step}", checkpoint, seed=step, **options)
         assert_equal(whole, resumed, f"from step {step}")
@@ -120,6 +122,32 @@ def test_checkpoints_hold_averages_as_the_model_and_the_raw_weights_beside(tmp_p
     assert any(not torch.equal(model[name], raw[name]) for name in raw)
 
 
+def test_checkpoints_without_an_optimizer_and_finished_runs(tmp_path, image_folder):
+    model = VQRAEModel(tiny_config())
+    make_trainer(model, image_folder, tmp_path, max_steps=1, save_only_model=True).train()
+    with pytest.raises(ValueError, match="save_only_model"):
+        make_trainer(model, image_folder, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_averages_stay_applied_when_asked_for_twice(tiny_model):
+    average = EMA(tiny_model, 0.5)
+    average.start()
+    weight = tiny_model.decoder.decoder_pred.weight
+    raw = weight.data
+    weight.data = raw + 1
+    with average.applied():
+        with average.applied():
+            assert torch.equal(weight, raw)
+        assert torch.equal(weight, raw)
+    assert torch.equal(weight, raw + 1)
+
+
+@pytest.mark.parametrize("wrong", [{"bf16_full_eval": True}, {"save_on_each_node": True}])
+def test_options_that_would_spoil_a_run_are_refused(tmp_path, wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        training_arguments(tmp_path, **wrong)
+
+
 def test_average_of_the_weights(tmp_path, image_folder):
     """a += (1 - d) (w - a), d = min(decay, (1 + t) / (10 + t)), from the initial weights."""
     model = VQRAEModel(tiny_config())
@@ -154,12 +182,14 @@ def test_discriminator_of_an_earlier_run_is_loaded(tmp_path, image_folder):
         make_trainer(model, image_folder, tmp_path / "b", gan_weight=0.1, discriminator_weights=other)
 
 
-def nan_at(trainer, steps):
+def nan_at(trainer, steps, last_micro_batch_only=False):
     """Makes the pixels of these steps NaN."""
     prepare = trainer._prepare_inputs
 
     def broken(inputs):
         inputs = prepare(inputs)
+        if last_micro_batch_only and not trainer.accelerator.sync_gradients:
+            return inputs
         if trainer.model.training and trainer.state.global_step + 1 in steps:
             inputs["pixel_values"] = inputs["pixel_values"] * float("nan")
         return inputs
@@ -168,26 +198,39 @@ def nan_at(trainer, steps):
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, image_folder):
-    """Generator, discriminator, their optimizers and the LeCam averages are as before; later steps go on."""
+    """Generator, discriminator, their optimizers and the LeCam averages are as before; later steps go on. In one step
+    the loss is NaN (in the second of two micro-batches), in another only a gradient, in another the discriminator's."""
 
     class Record(TrainerCallback):
         states = []
 
         def on_step_end(self, args, state, control, **kwargs):
-            discriminator = trainer.adversary.pair.state_dict()
-            self.states.append({n: t.clone() for n, t in {**trainer.model.state_dict(), **discriminator}.items()})
+            self.states.append(copy.deepcopy(state_of(trainer)))
 
     model = VQRAEModel(tiny_config(freeze_encoder=False))
-    trainer = make_trainer(model, image_folder, tmp_path, max_steps=4, gan_weight=0.1, lecam_weight=0.1)
+    trainer = make_trainer(
+        model, image_folder, tmp_path, max_steps=5, gan_weight=0.1, lecam_weight=0.1, gradient_accumulation_steps=2,
+        per_device_train_batch_size=2, distillation_weight=1.0,
+    )  # fmt: skip
     trainer.add_callback(Record())
-    nan_at(trainer, {2, 3})
+    nan_at(trainer, {2}, last_micro_batch_only=True)
+
+    def spoil(step):
+        return lambda gradient: gradient * float("nan") if trainer.state.global_step + 1 == step else gradient
+
+    model.decoder.decoder_norm.bias.register_hook(spoil(3))
+    trainer.adversary.pair.discriminator.layers[0].weight.register_hook(spoil(4))
     trainer.train()
-    one, two, three, four = Record.states
-    assert_equal(one, two), assert_equal(one, three)
-    assert all(tensor.isfinite().all() for tensor in four.values())
-    assert not torch.equal(three["decoder.decoder_pred.weight"], four["decoder.decoder_pred.weight"])
-    assert not torch.equal(three["discriminator.layers.0.weight"], four["discriminator.layers.0.weight"])
-    assert [entry.get("nonfinite_steps") for entry in trainer.state.log_history[:4]] == [None, 1, 2, 2]
+    one, two, three, four, five = Record.states
+    for state in (one, two, three, four):
+        del state["average"]  # goes on towards the weights
+        assert_equal(one, state)
+    flat = [tensor for part in ("model", "discriminator") for tensor in five[part].values()]
+    assert all(tensor.isfinite().all() for tensor in flat)
+    assert not torch.equal(four["model"]["decoder.decoder_pred.weight"], five["model"]["decoder.decoder_pred.weight"])
+    name = "discriminator.layers.0.weight"
+    assert not torch.equal(four["discriminator"][name], five["discriminator"][name])
+    assert [entry.get("nonfinite_steps") for entry in trainer.state.log_history[:5]] == [None, 1, 2, 3, 3]
 
 
 def test_after_many_such_steps_the_run_stops_and_names_the_module(tmp_path, image_folder):
@@ -207,7 +250,7 @@ def test_after_many_such_steps_the_run_stops_and_names_the_module(tmp_path, imag
     assert "the last one is 5" in str(error.value)
 
     trainer = make_trainer(VQRAEModel(tiny_config()), image_folder, tmp_path / "b", max_nonfinite_steps=1)
-    trainer.model.decoder.decoder_norm.bias.register_hook(lambda gradient: gradient * float("inf"))
+    trainer.model.decoder.decoder_norm.bias.register_hook(lambda gradient: gradient * float("nan"))
     with pytest.raises(FloatingPointError, match="the gradient of decoder.decoder_norm.bias is not"):
         trainer.train()
 

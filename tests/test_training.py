@@ -12,6 +12,7 @@ from conftest import encoder_config, tiny_config
 from PIL import Image
 from safetensors.torch import load_file
 from test_loading import ROOT, run
+from transformers import TrainerCallback
 
 from eval.images import decode_image, find_images, load_images
 from image_processing_simvq import VQRAEImageProcessor
@@ -91,6 +92,25 @@ def test_log_and_evaluation(tmp_path, image_folder):
     assert metrics["eval_codebook_perplexity"] == pytest.approx(entropy.exp().item())
     with Image.open(tmp_path / "reconstructions" / "step-0000002.png") as picture:
         assert picture.size == (8 * 34 + 2, 6 * 34 + 2)
+
+
+class Board(TrainerCallback):
+    """In place of TensorBoardCallback, which needs tensorboard."""
+
+
+def test_pictures_go_to_tensorboard(tmp_path, image_folder, monkeypatch):
+    sent = []
+
+    class Writer:
+        def add_image(self, name, image, step, dataformats):
+            sent.append((name, image.shape, step, dataformats))
+
+    trainer = make_trainer(VQRAEModel(tiny_config()), image_folder, tmp_path)
+    monkeypatch.setattr("training.trainer.TensorBoardCallback", Board)
+    trainer.add_callback(Board())
+    trainer.callback_handler.callbacks[-1].tb_writer = Writer()
+    trainer.evaluate()
+    assert sent == [("reconstructions", (4 * 34 + 2, 8 * 34 + 2, 3), 0, "HWC")]
 
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.5])

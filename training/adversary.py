@@ -50,6 +50,7 @@ class Adversary:
         self.generator_criterion = GENERATOR_LOSSES[args.gan_generator_loss]
         self.criterion = DISCRIMINATOR_LOSSES[args.gan_discriminator_loss]
         self.wrapped = self.optimizer = self.scheduler = None
+        self._means = []  # of the logits of this step, for LeCam
 
     def prepare(self, accelerator) -> None:
         """Makes the optimizer and wraps the discriminator for several processes."""
@@ -102,8 +103,8 @@ class Adversary:
             Its loss and mean logits by name, for the log.
         """
         real, fake = real.detach(), fake.detach()
-        if self.pair.discriminator.clamps_fakes:  # overshooting pixels would give every fake away
-            fake = fake.clamp(0, 1)
+        if self.pair.discriminator.rounds_fakes:  # pixels between or beyond those of a file would give every fake away
+            fake = fake.clamp(0, 1).mul(255).round().div(255)
         self.wrapped.train()
         last = self.accelerator.sync_gradients
         with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
@@ -115,8 +116,7 @@ class Adversary:
                 terms["lecam"] = lecam(real_logits, fake_logits, *self.pair.averages)
                 loss = loss + self.args.lecam_weight * terms["lecam"]
                 terms["lecam"] = terms["lecam"].detach()
-                means = self.accelerator.reduce(means, reduction="mean")
-                self.pair.averages.lerp_(means, 1 - self.average_decay)
+                self._means.append(self.accelerator.reduce(means, reduction="mean"))
             self.accelerator.backward(loss / accumulation_steps)
         return {
             **{f"loss_{name}": term for name, term in terms.items()},
@@ -124,21 +124,22 @@ class Adversary:
             "logits_fake": means[1],
         }
 
-    def step(self) -> torch.Tensor | None:
-        """Clips and applies the gradient; returns its norm before clipping, or `None` where it is not finite and
-        nothing was applied."""
-        limit = self.args.discriminator_max_grad_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self._trainable(), limit)
-        finite = bool(norm.isfinite())
-        if finite:
-            self.optimizer.step()
-            self.scheduler.step()
-        self.optimizer.zero_grad()
-        return norm.detach() if finite else None
+    def clip(self) -> torch.Tensor:
+        """Clips the gradient and returns its norm from before."""
+        return torch.nn.utils.clip_grad_norm_(self._trainable(), self.args.discriminator_max_grad_norm or math.inf)
+
+    def step(self) -> None:
+        """Applies the gradient."""
+        self.optimizer.step()
+        self.scheduler.step()
+        for means in self._means:
+            self.pair.averages.lerp_(means, 1 - self.average_decay)
+        self.discard()
 
     def discard(self) -> None:
-        """Forgets the gradient of this step."""
+        """Forgets the gradient of this step, and its logits."""
         self.pair.zero_grad()
+        self._means = []
 
     def save_weights(self, folder: str) -> None:
         tensors = {name: tensor for name, tensor in self.pair.state_dict().items() if ".backbone." not in name}

@@ -117,7 +117,10 @@ class TrainTransform:
             return None
         name = Path(record["path"]).name.encode() if record["path"] else record["bytes"]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(zlib.crc32(name, zlib.crc32(f"{self.seed} {self.epoch.item()}".encode())))
+            # not torch.manual_seed, which would seed the GPU's generators as well
+            torch.default_generator.manual_seed(
+                zlib.crc32(name, zlib.crc32(f"{self.seed} {self.epoch.item()}".encode()))
+            )
             return self.augment(image)
 
     def _report(self, path: str, reason: str) -> None:

@@ -19,7 +19,7 @@ class PatchDiscriminator(nn.Module):
         num_layers: layers of stride 2.
     """
 
-    clamps_fakes = False
+    rounds_fakes = False
 
     def __init__(self, num_channels: int = 64, num_layers: int = 3) -> None:
         super().__init__()
@@ -50,14 +50,15 @@ class DinoDiscriminator(nn.Module):
 
     Images are resized to 224 px. A head of 1-d convolutions over the sequence of patches, with spectral norm and a norm
     over each image, sits on the last layer and on the layers at a quarter, half, three quarters and the end of the
-    depth (RAE has the last one twice as well). The backbone is neither trained nor saved.
+    depth (RAE has the last one twice as well). The backbone is neither trained nor saved. To learn, it is shown
+    reconstructions clamped and rounded to 8 bits.
 
     Args:
         name_or_path: the ViT, any that AutoModel loads with one token per patch (RAE: "facebook/dino-vits8").
         kernel_size: of the second convolution of a head (RAE: 9).
     """
 
-    clamps_fakes = True
+    rounds_fakes = True
 
     def __init__(self, name_or_path: str, kernel_size: int = 9) -> None:
         super().__init__()

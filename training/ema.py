@@ -21,6 +21,7 @@ class EMA(TrainerCallback):
         self.decay = decay
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.averages = None  # {name: tensor}
+        self._applied = False
 
     def start(self) -> None:
         """The averages become the present weights."""
@@ -39,7 +40,7 @@ class EMA(TrainerCallback):
     @contextmanager
     def applied(self):
         """The model has the averages as its weights; they change places, nothing is copied."""
-        if self.averages is None:
+        if self.averages is None or self._applied:
             yield
             return
         self._exchange()
@@ -49,6 +50,7 @@ class EMA(TrainerCallback):
             self._exchange()
 
     def _exchange(self) -> None:
+        self._applied = not self._applied
         for name, parameter in self.parameters.items():
             parameter.data, self.averages[name] = self.averages[name], parameter.data
 

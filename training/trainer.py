@@ -10,15 +10,16 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file, save_file
-from torchvision.io import read_image
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 from transformers.utils import logging
 
@@ -141,6 +142,10 @@ class VQRAETrainingArguments(TrainingArguments):
         for name in ("quantizer_lr_multiplier", "gan_weight", "lecam_weight", "distillation_weight"):
             if not (getattr(self, name) or 0) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if self.bf16_full_eval or self.fp16_full_eval:
+            raise ValueError("bf16_full_eval and fp16_full_eval would round the weights that are saved: pass --bf16.")
+        if self.save_on_each_node:
+            raise ValueError("save_on_each_node is not supported: put --output_dir on a disk that all nodes see.")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}.")
         for name, choices in (
@@ -152,7 +157,7 @@ class VQRAETrainingArguments(TrainingArguments):
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got '{getattr(self, name)}'.")
         if self.max_nonfinite_steps < 1:
             raise ValueError(f"max_nonfinite_steps must be at least 1, got {self.max_nonfinite_steps}.")
-        if self.gan_weight and self.fp16:
+        if self.gan_weight and self.mixed_precision == "fp16":
             raise ValueError("A GAN in fp16 would need a gradient scaler for each network: use --bf16, or neither.")
 
 
@@ -218,13 +223,20 @@ class CodebookWindow:
 
 
 class EpochOfCrops(TrainerCallback):
-    """Tells the transform of the training images which epoch it is."""
+    """Tells the transform of the training images which epoch it is; for a stream, whose epochs Trainer does not know,
+    which pass."""
 
     def __init__(self, transform: TrainTransform) -> None:
         self.transform = transform
+        self._epoch = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._epoch = None
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.transform.set_epoch(int((state.epoch or 0) + 1e-6))
+        epoch = int((state.epoch or 0) + 1e-6)
+        self._epoch = epoch if self._epoch is None else max(epoch, self._epoch + 1)
+        self.transform.set_epoch(self._epoch)
 
 
 class WithGradient(torch.autograd.Function):
@@ -258,8 +270,15 @@ class VQRAETrainer(Trainer):
     def __init__(
         self, model, args: VQRAETrainingArguments, train_transform: TrainTransform | None = None, **kwargs
     ) -> None:
+        if args.n_gpu > 1:  # transformers would use DataParallel, whose replicas have no parameters
+            raise ValueError(
+                f"{args.n_gpu} GPUs and one process: start with `accelerate launch train_hf.py ...` to use all, or "
+                "set CUDA_VISIBLE_DEVICES=0 to use one."
+            )
         kwargs.setdefault("compute_metrics", EvaluationMetrics(model.config.codebook_size, args.num_pictures))
         super().__init__(model=model, args=args, **kwargs)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError("FSDP and DeepSpeed are not supported: `accelerate launch --multi_gpu` (DDP) is.")
         self.add_callback(SaveModelingCode())
         self.train_transform = train_transform
         if train_transform:
@@ -277,28 +296,34 @@ class VQRAETrainer(Trainer):
             self.teacher.requires_grad_(False).eval()
         self._saving = False
         self._terms = {}
-        self._pairs_of_step = self._last_pixels = None  # pixels and reconstructions
+        self._pairs_of_step = None  # pixels and reconstructions of a micro-batch
+        self._pixels_to_blame = None  # pixels of the first micro-batch that was not finite
         self._window = CodebookWindow(model.config.codebook_size)
         self._collapse_reported = False
         self._step_is_finite, self._nonfinite_steps, self._nonfinite_in_a_row = True, 0, 0
         self._last_log = None  # time and step
 
     def _build_reconstruction_loss(self) -> ReconstructionLoss:
+        """On every process the same terms: where one cannot have the weights, none uses them."""
         args = self.args
-        try:
-            return ReconstructionLoss(
-                args.l1_weight,
-                args.l2_weight,
-                args.lpips_weight,
-                args.lpips_network,
-                args.convnext_weight,
-                args.perceptual_weights,
-            )
-        except RuntimeError as error:
-            if not args.perceptual_optional or not (args.l1_weight or args.l2_weight):
-                raise
-            logger.warning(f"{error} --perceptual_optional is set: training without LPIPS and ConvNeXt-S.")
-            return ReconstructionLoss(args.l1_weight, args.l2_weight, 0.0, args.lpips_network)
+        weights = args.l1_weight, args.l2_weight, args.lpips_weight, args.lpips_network, args.convnext_weight
+        error, loss = None, None
+        with self.accelerator.local_main_process_first():  # which downloads
+            try:
+                loss = ReconstructionLoss(*weights, args.perceptual_weights)
+            except RuntimeError as caught:
+                error = caught
+        errors = [str(error) if error else None]
+        if self.accelerator.num_processes > 1:
+            errors = [None] * self.accelerator.num_processes
+            torch.distributed.all_gather_object(errors, str(error) if error else None)
+        if not any(errors):
+            return loss
+        message = next(text for text in errors if text)
+        if not args.perceptual_optional or not (args.l1_weight or args.l2_weight):
+            raise RuntimeError(message) from error
+        logger.warning(f"{message} --perceptual_optional is set: training without LPIPS and ConvNeXt-S.")
+        return ReconstructionLoss(args.l1_weight, args.l2_weight, 0.0, args.lpips_network)
 
     # Optimizers ------------------------------------------------------------------------------------------------------
 
@@ -342,6 +367,11 @@ class VQRAETrainer(Trainer):
             if checkpoint is True:
                 checkpoint = get_last_checkpoint(self.args.output_dir)
             if checkpoint:  # else Trainer says that there is none
+                if not os.path.isfile(os.path.join(checkpoint, OPTIMIZER_NAME)):
+                    raise ValueError(
+                        f"{checkpoint} has no {OPTIMIZER_NAME} (was it saved with --save_only_model?): a run cannot be "
+                        "resumed from it. Start a new one with --model_name_or_path and another --output_dir."
+                    )
                 saved = type(config).from_pretrained(checkpoint)
                 config.codebook_init, config.codebook_init_latents = saved.codebook_init, saved.codebook_init_latents
         elif config.codebook_init == "kmeans" and config.codebook_init_latents is None:
@@ -370,8 +400,6 @@ class VQRAETrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Trainer copies tensors by their names in the file. Some names are only mapped to the modules' by
         `from_pretrained` (DINOv2's attention, for one), and its encoder would silently not be resumed."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
         model = self.accelerator.unwrap_model(self.model if model is None else model)
         model.load_state_dict(type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype).state_dict())
         if self.ema:
@@ -381,9 +409,13 @@ class VQRAETrainer(Trainer):
             load_raw(model, raw)
 
     def _load_best_model(self):
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return super()._load_best_model()
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _run_epoch(self, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:  # a finished run is resumed: Trainer would do one more step
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def initialize_codebook(self) -> None:
         """Fits the codes to crops of the training images, see [`VQRAEModel.initialize_codebook`]: 32 latents a code,
@@ -393,7 +425,7 @@ class VQRAETrainer(Trainer):
         latents_per_code = max(32, min(256, 2**18 // codes))
         needed = math.ceil(latents_per_code * codes / self.accelerator.num_processes)
         state = torch.random.get_rng_state()
-        torch.manual_seed(self.args.seed + self.accelerator.process_index)
+        torch.default_generator.manual_seed(self.args.seed + self.accelerator.process_index)
         progress = tqdm(
             total=needed, desc="Latents for the codebook", unit="latent", disable=not self.is_local_process_zero()
         )
@@ -434,9 +466,10 @@ class VQRAETrainer(Trainer):
             self.state.best_model_checkpoint = str(best)  # Trainer has noted where it wrote it
         if self.is_world_process_zero():
             self.state.save_to_json(str(output_dir / UNFINISHED / name / TRAINER_STATE_NAME))
-            shutil.rmtree(output_dir / name, ignore_errors=True)
+            if (output_dir / name).exists():  # of a run that went further than this one, which was resumed before it
+                os.replace(output_dir / name, output_dir / UNFINISHED / "replaced")
             os.replace(output_dir / UNFINISHED / name, output_dir / name)
-            (output_dir / UNFINISHED).rmdir()
+            shutil.rmtree(output_dir / UNFINISHED, ignore_errors=True)
             rotate_checkpoints(
                 output_dir=str(output_dir),
                 save_total_limit=self.args.save_total_limit,
@@ -489,17 +522,14 @@ class VQRAETrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
         finite = loss.isfinite().float()
+        if self._pixels_to_blame is None or not finite:
+            self._pixels_to_blame = self._pairs_of_step[0]
         if self.accelerator.num_processes > 1:
             finite = self.accelerator.reduce(finite, reduction="mean")
         self._step_is_finite &= finite.item() == 1
-        if self._discriminator_learns():
-            if self._step_is_finite:
-                self._add_terms(self.adversary.backward(*self._pairs_of_step, self.current_gradient_accumulation_steps))
-            if self.accelerator.sync_gradients:
-                norm = self.adversary.step() if self._step_is_finite else self.adversary.discard()
-                if norm is not None:
-                    self._add_terms({"grad_norm_discriminator": norm})
-        self._last_pixels, self._pairs_of_step = self._pairs_of_step[0], None
+        if self._discriminator_learns() and self._step_is_finite:
+            self._add_terms(self.adversary.backward(*self._pairs_of_step, self.current_gradient_accumulation_steps))
+        self._pairs_of_step = None
         return loss
 
     def _discriminator_learns(self) -> bool:
@@ -509,14 +539,32 @@ class VQRAETrainer(Trainer):
         for name, term in terms.items():
             self._terms.setdefault(name, []).append(term.detach())
 
+    def _clip_grad_norm(self, model):
+        """Trainer's, but a norm that is not finite leaves the gradients as they are, to find where it comes from."""
+        self.accelerator.unscale_gradients()
+        parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        if norm.isfinite() and self.args.max_grad_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, norm)
+        return norm
+
     def _get_grad_norm(self, model, grad_norm=None):
-        """Called before each step of the optimizer, when gradients have been summed over processes and clipped: a step
-        that is not finite on any process is skipped on all of them."""
-        norm = super()._get_grad_norm(model, grad_norm)
+        """Called before each step of the optimizer, when gradients have been summed over processes and clipped. A step
+        that is not finite, on any process and of either network, is skipped on all of them and for both networks."""
+        norm = self._clip_grad_norm(model) if grad_norm is None else grad_norm
         finite = self._step_is_finite and math.isfinite(norm)
+        if self._discriminator_learns():
+            if finite:
+                discriminator_norm = self.adversary.clip()
+                finite = math.isfinite(discriminator_norm)
+            if finite:
+                self.adversary.step()
+                self._add_terms({"grad_norm_discriminator": discriminator_norm})
+            else:
+                self.adversary.discard()
         self._step_is_finite = True
         if finite:
-            self._nonfinite_in_a_row = 0
+            self._nonfinite_in_a_row, self._pixels_to_blame = 0, None
             return norm
         self._nonfinite_steps += 1
         self._nonfinite_in_a_row += 1
@@ -526,13 +574,15 @@ class VQRAETrainer(Trainer):
                 f"{self.state.global_step + 1}: {self._name_nonfinite()}. The weights are those from before; the last "
                 "checkpoint is intact. Try a lower learning rate, a longer warm-up, or bf16 in place of fp16."
             )
+        self._pixels_to_blame = None
         logger.warning(f"Step {self.state.global_step + 1} is skipped: its loss or gradient is not finite.")
         if self.accelerator.scaler is None:  # which skips by itself
             model.zero_grad(set_to_none=True)  # an optimizer passes over what has no gradient
         return norm
 
     def _name_nonfinite(self) -> str:
-        """The first module whose output is not finite on the last batch; or a parameter whose gradient is not."""
+        """The first module whose output is not finite on the images of this step; or, of the parameters whose gradient
+        is not, the one nearest to the pixels of the reconstruction."""
         model = self.accelerator.unwrap_model(self.model)
         found = []
 
@@ -549,7 +599,7 @@ class VQRAETrainer(Trainer):
         hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
         try:
             with torch.no_grad():
-                model(self._last_pixels, return_loss=False)
+                model(self._pixels_to_blame, return_loss=False)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -664,7 +714,7 @@ class VQRAETrainer(Trainer):
         pictures = getattr(self.compute_metrics, "pictures", None)
         if pictures and self.is_world_process_zero():
             if self.ema and self.ema.averages is not None:  # originals, raw, averaged
-                training = model.training
+                training, model.quantizer._cache = model.training, None  # codes of the averaged weights
                 model.eval()
                 with torch.no_grad():
                     raw = model(pictures[0].to(self.args.device), return_loss=False).decoded_pixel_values
@@ -682,7 +732,8 @@ class VQRAETrainer(Trainer):
         step = self.state.global_step
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-                callback.tb_writer.add_image("reconstructions", read_image(str(path)), step)
+                with Image.open(path) as picture:
+                    callback.tb_writer.add_image("reconstructions", np.asarray(picture), step, dataformats="HWC")
         if "trackio" in self.args.report_to:
             import trackio
 
