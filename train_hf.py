@@ -216,6 +216,7 @@ def main() -> None:
     metrics = trainer.evaluate()
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
+    trainer.create_model_card()
     if training_args.push_to_hub:
         trainer.push_to_hub()
     if trainer.is_world_process_zero():

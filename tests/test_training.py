@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import encoder_config, tiny_config
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from test_loading import ROOT, run
@@ -214,6 +215,10 @@ def test_script_trains_saves_and_resumes(tmp_path, image_folder):
     assert not list((tmp_path / "out").rglob("*.tmp")) and not (tmp_path / "out" / "unfinished").exists()
     report = (tmp_path / "out" / "training_report.html").read_text()
     assert "PSNR of held-out images" in report and "data:image/png;base64," in report
+    card = (tmp_path / "out" / "README.md").read_text()
+    metrics = json.loads((tmp_path / "out" / "eval_results.json").read_text())
+    assert "`model.safetensors` holds the moving average" in card and "`raw_weights.safetensors`" in card
+    assert f"| psnr | {metrics['eval_psnr']:.6g} |" in card and ModelCard(card).data.library_name == "transformers"
     listed = (tmp_path / "out" / "heldout_images.txt").read_text().split()
     assert {Path(file).name[0] for file in listed} == {"a"}
     output = run([str(ROOT / "train_hf.py"), "recipe.json", "--max_steps", "3"], tmp_path)

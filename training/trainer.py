@@ -26,6 +26,7 @@ from transformers.utils import logging
 from eval.metrics import CodebookUsage, codebook_statistics, pixel_metrics, to_uint8
 from eval.pictures import save_rows
 from training.adversary import Adversary
+from training.card import write_card
 from training.data import TrainTransform
 from training.ema import EMA, load_raw
 from training.losses import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, ReconstructionLoss
@@ -516,6 +517,11 @@ class VQRAETrainer(Trainer):
             if not os.path.isfile(path):
                 raise ValueError(f"{checkpoint} has no {TEACHER_WEIGHTS}: it is not of a run with distillation.")
             self.teacher.encoder.load_state_dict(load_file(path))
+
+    def create_model_card(self, *args, **kwargs):
+        """README.md in `output_dir`; Trainer's would speak of fine-tuning and of a dataset called "unknown"."""
+        if self.is_world_process_zero():
+            write_card(self.hub_model_id or Path(self.args.output_dir).name, self, self.args.output_dir)
 
     # Steps -----------------------------------------------------------------------------------------------------------
 

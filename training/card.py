@@ -1,0 +1,83 @@
+"""The model card of a run: what was trained, how, and which weights the files hold."""
+
+from pathlib import Path
+
+from huggingface_hub import ModelCardData
+
+
+TEXT = """
+# {name}
+
+A discrete image tokenizer ([VQRAE](https://huggingface.co/papers/2511.23386) with
+[SimVQ](https://huggingface.co/papers/2411.02038)) for {size} px images: a vision encoder ({encoder}), {codes:,} codes
+of width {width}, and a ViT decoder.
+
+```python
+from transformers import AutoImageProcessor, AutoModel
+
+model = AutoModel.from_pretrained("{name}", trust_remote_code=True).eval()
+processor = AutoImageProcessor.from_pretrained("{name}", trust_remote_code=True)
+```
+
+## Weights
+
+{weights}
+
+## Training
+
+{steps:,} steps of {batch} images, learning rate {rate:g}, encoder {frozen}{stage}. Held-out images after it:
+
+| metric | value |
+| --- | --- |
+{metrics}
+"""
+
+
+def model_card(name: str, trainer) -> str:
+    """The text of README.md, from what the trainer did and last measured.
+
+    Args:
+        name: of the model, a folder or a hub repository.
+        trainer: a [`VQRAETrainer`] after training.
+    """
+    model, args = trainer.accelerator.unwrap_model(trainer.model), trainer.args
+    config = model.config
+    measured = next((entry for entry in reversed(trainer.state.log_history) if "eval_psnr" in entry), {})
+    names = ("psnr", "ssim", "codebook_utilization", "codebook_perplexity", "codebook_tokens")
+    if trainer.ema:
+        weights = (
+            f"`model.safetensors` holds the moving average of the weights (decay {args.ema_decay:g}), of which the "
+            "numbers below are. `raw_weights.safetensors` holds the trained weights at the last step, of those "
+            "parameters that were trained: `model.load_state_dict(load_file(...), strict=False)`."
+        )
+    else:
+        weights = "`model.safetensors` holds the trained weights at the last step; no average was kept."
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-feature-extraction",
+        tags=["vqrae", "simvq", "image-tokenizer"],
+    )
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    text = TEXT.format(
+        name=name,
+        encoder=f"{config.encoder_config.model_type}, width {config.encoder_config.hidden_size}",
+        codes=config.codebook_size,
+        width=config.latent_size,
+        size=config.image_size,
+        weights=weights,
+        steps=trainer.state.global_step,
+        batch=batch,
+        rate=args.learning_rate,
+        frozen="frozen" if config.freeze_encoder else "trained",
+        stage=f", distillation weight {args.distillation_weight:g}" if trainer.teacher else "",
+        metrics="\n".join(f"| {x} | {measured['eval_' + x]:.6g} |" for x in names if f"eval_{x}" in measured),
+    )
+    return f"---\n{data.to_yaml()}\n---\n{text}"
+
+
+def write_card(name: str, trainer, folder: str | Path) -> None:
+    """Writes README.md."""
+    path = Path(folder) / "README.md"
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(model_card(name, trainer))
+    unfinished.replace(path)
