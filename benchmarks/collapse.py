@@ -397,7 +397,8 @@ def plot(results: dict[str, dict], path: Path) -> None:
         axes[1, column].set(xlabel="step")
     axes[0, 0].set(ylabel="codes used, %")
     axes[1, 0].set(ylabel="PSNR of held-out images, dB")
-    axes[0, 0].legend()
+    handles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=min(3, len(handles[0])))
     write(path, lambda unfinished: figure.savefig(unfinished, dpi=110, format="png"))
     print(f"Curves: {path}")
 
