@@ -36,7 +36,6 @@ sys.path.insert(0, str(ROOT))  # `python benchmarks/training_step.py` from a clo
 
 import training.losses  # noqa: E402
 from modeling_simvq import VQRAEConfig, VQRAEModel  # noqa: E402
-from training.adversary import Adversary  # noqa: E402
 from training.losses import discriminator_hinge, generator_hinge  # noqa: E402
 from training.trainer import VQRAETrainer, VQRAETrainingArguments  # noqa: E402
 
@@ -69,6 +68,7 @@ def make_trainer(model: VQRAEModel, folder: str) -> VQRAETrainer:
         folder, l1_weight=1.0, l2_weight=0.0, lpips_weight=1.0, gan_weight=0.75, gan_adaptive=True, ema_decay=0.0,
         use_cpu=True, report_to="none", max_steps=100, learning_rate=1e-4, lr_scheduler_type="constant",
     )  # fmt: skip
+    torch.manual_seed(2)
     trainer = VQRAETrainer(model, arguments)
     trainer.create_optimizer()
     trainer.create_scheduler(100)
@@ -92,7 +92,7 @@ def ours(model: VQRAEModel, pixels: torch.Tensor):
 def references(model: VQRAEModel, pixels: torch.Tensor):
     torchmetrics.image.lpip._NoTrainLpips = lambda net: lpips_network()
     metric = LearnedPerceptualImagePatchSimilarity(net_type="vgg", normalize=True).requires_grad_(False)
-    discriminator = Adversary(make_trainer(model, "unused").args).pair.discriminator
+    discriminator = make_trainer(model, "unused").adversary.pair.discriminator
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0)
     discriminator_optimizer = torch.optim.AdamW(discriminator.parameters(), lr=1e-4, betas=(0.5, 0.9), weight_decay=0.0)
     last_layer = model.decoder.decoder_pred.weight
@@ -138,11 +138,11 @@ def parts(model: VQRAEModel, pixels: torch.Tensor) -> dict[str, dict[str, float]
 
     def lpips_and_gradient():
         leaf = fake.clone().requires_grad_()
-        torch.autograd.grad(lpips(leaf, pixels), leaf)
+        lpips(leaf, pixels).backward()
 
     def adversarial_and_gradient():
         leaf = fake.clone().requires_grad_()
-        torch.autograd.grad(adversary.generator_loss(leaf), leaf)
+        adversary.generator_loss(leaf).backward()
 
     def discriminator():
         adversary.backward(pixels, fake, 1)
