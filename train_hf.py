@@ -27,12 +27,14 @@ from transformers import HfArgumentParser, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from configuration_simvq import VQRAEConfig
+from eval.files import write_whole
 from eval.images import dataset_of_files, find_images, load_images
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import VQRAEModel
+from training.arguments import VQRAETrainingArguments
 from training.data import EvalTransform, TrainTransform, collate, readable_images, split_files, with_pixels
 from training.report import write_report
-from training.trainer import VQRAETrainer, VQRAETrainingArguments
+from training.trainer import VQRAETrainer
 
 
 @dataclass
@@ -152,19 +154,18 @@ def load_data(args: DataArguments, training_args: VQRAETrainingArguments, skippe
         if args.max_eval_samples:
             held_out = held_out.select(range(min(len(held_out), args.max_eval_samples)))
     else:
+        count = args.max_eval_samples or len(eval_files)
         readable = [None]
         if training_args.process_index == 0:
-            readable = [readable_images(eval_files[: args.max_eval_samples], skipped_list)]
-        eval_files = broadcast_object_list(readable)[0]
-        if not eval_files:
+            readable = [readable_images(eval_files[:count], skipped_list)]
+        readable = broadcast_object_list(readable)[0]
+        if not readable:
             raise ValueError(f"None of the held-out images can be read, see {skipped_list}; pass other --eval_data.")
-        held_out = dataset_of_files(eval_files)
+        held_out = dataset_of_files(readable)
+        listed = readable + eval_files[count:]  # all that is held out, also what is not evaluated
     if listing and training_args.process_index == 0:
-        os.makedirs(training_args.output_dir, exist_ok=True)
-        unfinished = listing.with_suffix(".tmp")
-        unfinished.write_text("".join(f"{file.resolve()}\n" for file in eval_files))
-        os.replace(unfinished, listing)
-        print(f"{len(train_files)} images to train on, {len(eval_files)} held out ({listing}).")
+        write_whole(listing, lambda path: path.write_text("".join(f"{file.resolve()}\n" for file in listed)))
+        print(f"{len(train_files)} images to train on, {len(listed)} held out ({listing}).")
     streams = isinstance(train, IterableDataset)
     if streams:
         train = train.shuffle(seed=0, buffer_size=args.shuffle_buffer)

@@ -28,7 +28,6 @@ held-out images.
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -44,25 +43,17 @@ from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # `python benchmarks/collapse.py` from a clone
 
+from eval.files import write_whole  # noqa: E402
 from eval.images import find_images  # noqa: E402
-from eval.metrics import codebook_statistics, to_uint8  # noqa: E402
+from eval.metrics import CodebookWindow, codebook_statistics, to_uint8  # noqa: E402
 from eval.pictures import save_rows  # noqa: E402
 from image_processing_simvq import VQRAEImageProcessor  # noqa: E402
 from modeling_simvq import SimVQ, VectorQuantizer, VQRAEConfig, VQRAEModel  # noqa: E402
 from training.data import EvalTransform, TrainTransform, split_files  # noqa: E402
-from training.trainer import CodebookWindow  # noqa: E402
 
 
 ARMS = ("plain codebook", "SimVQ, Gaussian", "SimVQ, k-means")  # and, where a run says so, "more"
 CHUNK = 1024  # crops in a file
-
-
-def write(path: Path, save) -> None:
-    """Writes a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"unfinished-{path.name}")
-    save(unfinished)
-    os.replace(unfinished, path)
 
 
 # Data ----------------------------------------------------------------------------------------------------------------
@@ -97,7 +88,7 @@ class Crops:
             chosen = torch.randint(len(train), (count,)).tolist()
             pixels = torch.stack(transform({"image": [record(train[i]) for i in chosen]})["pixel_values"])
             chunk = {"pixels": to_uint8(pixels), "features": encode(model, to_uint8(pixels)).half()}
-            write(files[-1], lambda path, chunk=chunk: save_file(chunk, path))
+            write_whole(files[-1], lambda path, chunk=chunk: save_file(chunk, path))
         chunks = [load_file(file) for file in files]
         self.pixels = torch.cat([chunk["pixels"] for chunk in chunks])
         self.features = torch.cat([chunk["features"] for chunk in chunks])
@@ -301,7 +292,9 @@ def train_run(part: str, name: str, codes: int, settings: dict, crops: Crops, fo
             history.append(statistics)
             losses = []
     result = {"history": history, "seconds_to_start": seconds_to_start, "seconds": time.time() - start}
-    write(folder / "reconstructions.safetensors", lambda path: save_file({"pixels": to_uint8(reconstruction)}, path))
+    write_whole(
+        folder / "reconstructions.safetensors", lambda path: save_file({"pixels": to_uint8(reconstruction)}, path)
+    )
     return result
 
 
@@ -369,8 +362,8 @@ def report(results: dict[str, dict], crops: Crops, output: Path) -> None:
             cells += ["-" if last["lpips"] is None else f"{last['lpips']:.3f}"]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
     text = "\n".join(lines) + "\n"
-    write(output / "results.md", lambda path: path.write_text(text))
-    write(output / "results.json", lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
+    write_whole(output / "results.md", lambda path: path.write_text(text))
+    write_whole(output / "results.json", lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
     print(text)
     plot({key: r for key, r in results.items() if key.startswith("stage1/")}, output / "curves.png")
     pictures(results, crops, output)
@@ -399,7 +392,7 @@ def plot(results: dict[str, dict], path: Path) -> None:
     axes[1, 0].set(ylabel="PSNR of held-out images, dB")
     handles = axes[0, 0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=min(3, len(handles[0])))
-    write(path, lambda unfinished: figure.savefig(unfinished, dpi=110, format="png"))
+    write_whole(path, lambda unfinished: figure.savefig(unfinished, dpi=110, format="png"))
     print(f"Curves: {path}")
 
 
@@ -457,7 +450,7 @@ def main() -> None:
             continue
         print(f"Run {number} of {len(planned)}: {key}", flush=True)
         results[key] = function(*arguments)
-        write(path, lambda unfinished, result=results[key]: unfinished.write_text(json.dumps(result)))
+        write_whole(path, lambda unfinished, result=results[key]: unfinished.write_text(json.dumps(result)))
     report(results, crops, args.output_dir)
 
 

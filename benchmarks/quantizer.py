@@ -39,6 +39,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # `python benchmarks/quantizer.py` from a clone
 
+from eval.files import write_whole  # noqa: E402
+
 
 ROWS = ["4096,1024,128", "4096,16384,256", "2048,16384,1536", "2048,65536,128", "2048,262144,128", "16384,262144,128"]
 MODES = {"eval": "forward, eval", "train": "forward, training", "step": "forward + backward"}
@@ -321,10 +323,7 @@ def growth(args) -> None:
             top.set(title=f"{fixed} x 128, forward + backward", ylabel="seconds")
             bottom.set(xlabel=name, ylabel="MB (ours: scratch; reference: peak)", ylim=(1, None))
             top.legend()
-    args.plot.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = args.plot.with_suffix(".tmp.png")
-    figure.savefig(unfinished, dpi=110)
-    os.replace(unfinished, args.plot)
+    write_whole(args.plot, lambda file: figure.savefig(file, dpi=110, format="png"))
     print(f"plot: {args.plot}")
 
 

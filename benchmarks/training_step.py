@@ -36,8 +36,9 @@ sys.path.insert(0, str(ROOT))  # `python benchmarks/training_step.py` from a clo
 
 import training.losses  # noqa: E402
 from modeling_simvq import VQRAEConfig, VQRAEModel  # noqa: E402
+from training.arguments import VQRAETrainingArguments  # noqa: E402
 from training.losses import discriminator_hinge, generator_hinge  # noqa: E402
-from training.trainer import VQRAETrainer, VQRAETrainingArguments  # noqa: E402
+from training.trainer import VQRAETrainer  # noqa: E402
 
 
 def lpips_network() -> torch.nn.Module:

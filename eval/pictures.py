@@ -1,6 +1,5 @@
 """Pictures of reconstructions."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import torch
 from torchvision.utils import make_grid
 from transformers.image_transforms import to_pil_image
 
+from eval.files import write_whole
 from eval.metrics import to_uint8
 
 
@@ -27,11 +27,7 @@ def save_rows(batches: Sequence[torch.Tensor], path: str | Path, columns: int = 
         for image in _filled(batch[start : start + columns], columns)
     ]
     grid = make_grid(torch.stack(rows), nrow=columns, padding=2, pad_value=255)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    to_pil_image(grid.numpy(), do_rescale=False).save(unfinished, format="PNG")
-    os.replace(unfinished, path)
+    write_whole(Path(path), lambda file: to_pil_image(grid.numpy(), do_rescale=False).save(file, format="PNG"))
 
 
 def _filled(images: torch.Tensor, columns: int) -> torch.Tensor:

@@ -14,7 +14,6 @@ torchmetrics does by default). Few images give a large and noisy rFID: publish i
 
 import argparse
 import json
-import os
 import platform
 import sys
 import time
@@ -35,6 +34,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python eval/reconstruction.py` from a clone
 
 from configuration_simvq import VQRAEConfig  # noqa: E402
+from eval.files import write_whole  # noqa: E402
 from eval.images import decode_image, load_images  # noqa: E402
 from eval.metrics import CodebookUsage, pixel_metrics, to_uint8  # noqa: E402
 from eval.pictures import save_rows  # noqa: E402
@@ -127,13 +127,6 @@ def evaluate(model, loader: DataLoader, network_metrics: dict, reference=None) -
     if reference is not None:
         values["feature_cosine"] = cosine.compute().item()
     return values, psnrs
-
-
-def write_beside(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)
 
 
 def main() -> None:
@@ -230,12 +223,11 @@ def main() -> None:
         "seconds": round(time.time() - start, 1),
     }
     output = Path(args.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
-    write_beside(output / "results.json", json.dumps(result, indent=2) + "\n")
+    write_whole(output / "results.json", lambda file: file.write_text(json.dumps(result, indent=2) + "\n"))
     table = ["| metric | value |", "| --- | --- |"]
     table += [f"| {name} | {'not computed' if value is None else f'{value:.4g}'} |" for name, value in finite.items()]
     table += [f"| images | {len(data)} |"]
-    write_beside(output / "results.md", "\n".join(table) + "\n")
+    write_whole(output / "results.md", lambda file: file.write_text("\n".join(table) + "\n"))
 
     order = sorted(range(len(psnrs)), key=lambda i: -psnrs[i])
     count = min(8, len(order))

@@ -10,9 +10,9 @@ from sklearn.cluster import KMeans
 from test_loading import ROOT, run
 from test_training import make_trainer
 
+from eval.metrics import CodebookWindow
 from modeling_simvq import SimVQ, VQRAEConfig, VQRAEModel, kmeans
 from train_hf import ModelArguments, load_model
-from training.trainer import CodebookWindow
 
 
 def skewed(count: int, dim: int = 16, seed: int = 0) -> torch.Tensor:

@@ -12,10 +12,12 @@ from torch import nn
 
 from modeling_simvq import VQRAEModel
 from training.adversary import Adversary
+from training.arguments import VQRAETrainingArguments
 from training.discriminators import DinoDiscriminator, PatchDiscriminator, augment
 from training.losses import (
     ConvNextLoss,
     PerceptualLoss,
+    adaptive_weight,
     discriminator_hinge,
     discriminator_non_saturating,
     discriminator_vanilla,
@@ -23,7 +25,6 @@ from training.losses import (
     generator_non_saturating,
     lecam,
 )
-from training.trainer import VQRAETrainingArguments, adaptive_weight
 
 
 class Perceptual(nn.Module):

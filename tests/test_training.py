@@ -18,9 +18,10 @@ from transformers import TrainerCallback
 from eval.images import decode_image, find_images, load_images
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import VQRAEModel
+from training.arguments import VQRAETrainingArguments
 from training.data import EvalTransform, TrainTransform, collate, split_files, with_pixels
 from training.losses import PerceptualLoss, ReconstructionLoss
-from training.trainer import VQRAETrainer, VQRAETrainingArguments
+from training.trainer import VQRAETrainer
 
 
 def training_arguments(output_dir, **overrides):
@@ -195,6 +196,7 @@ def test_script_trains_saves_and_resumes(tmp_path, image_folder):
         "max_steps": 2,
         "save_steps": 2,
         "max_train_samples": 8,
+        "max_eval_samples": 2,
         "per_device_train_batch_size": 4,
         "lpips_weight": 0,
         "use_cpu": True,
@@ -221,6 +223,7 @@ def test_script_trains_saves_and_resumes(tmp_path, image_folder):
     assert f"| psnr | {metrics['eval_psnr']:.6g} |" in card and ModelCard(card).data.library_name == "transformers"
     listed = (tmp_path / "out" / "heldout_images.txt").read_text().split()
     assert {Path(file).name[0] for file in listed} == {"a"}
+    assert len(listed) == 3  # all that is held out, also what is not evaluated
     output = run([str(ROOT / "train_hf.py"), "recipe.json", "--max_steps", "3"], tmp_path)
     assert "Resuming from out/checkpoint-2" in output
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())

@@ -4,6 +4,8 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
+from eval.files import write_whole
+
 
 TEXT = """
 # {name}
@@ -77,7 +79,4 @@ def model_card(name: str, trainer) -> str:
 
 def write_card(name: str, trainer, folder: str | Path) -> None:
     """Writes README.md."""
-    path = Path(folder) / "README.md"
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(model_card(name, trainer))
-    unfinished.replace(path)
+    write_whole(Path(folder) / "README.md", lambda file: file.write_text(model_card(name, trainer)))

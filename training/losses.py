@@ -164,3 +164,33 @@ DISCRIMINATOR_LOSSES = {
 def lecam(real: torch.Tensor, fake: torch.Tensor, real_average: torch.Tensor, fake_average: torch.Tensor):
     """LeCam regularization (Tseng et al. 2021) of mean logits against running averages of mean logits, as in TiTok."""
     return F.relu(real.mean() - fake_average).square() + F.relu(real_average - fake.mean()).square()
+
+
+class WithGradient(torch.autograd.Function):
+    """A number of which the gradient with respect to `pixels` is already known."""
+
+    @staticmethod
+    def forward(ctx, pixels: torch.Tensor, value: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gradient)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, grad_value: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return ctx.saved_tensors[0] * grad_value, None, None
+
+
+def adaptive_weight(
+    reconstruction: torch.Tensor, last_layer: torch.Tensor, direction: torch.Tensor, adversarial_direction: torch.Tensor
+) -> torch.Tensor:
+    """VQGAN's: the ratio of the lengths of two gradients at the last layer, at most 1e4 (epsilon 1e-6, as RAE has it).
+
+    Args:
+        reconstruction: (B, 3, H, W), in the graph of `last_layer`.
+        last_layer: the weight of the decoder's last layer.
+        direction, adversarial_direction: gradients of the two losses at `reconstruction`.
+    """
+    lengths = [
+        torch.autograd.grad(reconstruction, last_layer, gradient, retain_graph=True)[0].norm()
+        for gradient in (direction, adversarial_direction)
+    ]
+    return (lengths[0] / (lengths[1] + 1e-6)).clamp(0, 1e4)

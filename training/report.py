@@ -2,8 +2,9 @@
 
 import base64
 import html
-import os
 from pathlib import Path
+
+from eval.files import write_whole
 
 
 WIDTH, HEIGHT, COLORS = 420, 220, ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#7f7f7f")
@@ -54,9 +55,7 @@ def write_report(log_history: list[dict], output_dir: str | Path) -> Path:
         f"{images}<h2>Last values</h2><table>{rows}</table>"
     )
     path = output_dir / "training_report.html"
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(page)
-    os.replace(unfinished, path)
+    write_whole(path, lambda file: file.write_text(page))
     return path
 
 
