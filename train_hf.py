@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import IterableDataset
 from transformers import HfArgumentParser, set_seed
@@ -227,6 +228,7 @@ def main() -> None:
         print(f"Curves and pictures: {report}")
         if count := transform.count_skipped():
             print(f"{count} images could not be read: {skipped_list}")
+    PartialState().destroy_process_group()  # threads of the backend may abort a process that ends before they do
 
 
 def file_as_flags(path: str) -> list[str]:

@@ -283,6 +283,7 @@ try:
 except RuntimeError as error:
     assert "different codebooks" in str(error)
     print("codebooks compared")
+torch.distributed.destroy_process_group()  # gloo's threads may abort a process that ends before they do
 """)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(program)],
@@ -314,6 +315,7 @@ accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(di
 loader = accelerator.prepare(DataLoader(stream, batch_size=4, num_workers=2))
 seen = [value for batch in loader for value in batch["image"].tolist()]
 torch.save(seen, f"{accelerator.process_index}.pt")
+torch.distributed.destroy_process_group()
 """)
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(program)],

@@ -248,6 +248,7 @@ metrics = trainer.evaluate()
 rank = trainer.args.process_index
 result = {{"state": trainer.model.state_dict(), "metrics": metrics, "log": trainer.state.log_history}}
 torch.save(result, f"{{rank}}.pt")
+torch.distributed.destroy_process_group()
 """)
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(program)],
