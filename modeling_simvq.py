@@ -656,7 +656,7 @@ class VQRAEOutput(ModelOutput):
 # How each family was trained, for checkpoints that come without a preprocessor_config.json.
 _IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 _HALF = ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
-_PIXEL_STATISTICS = {
+PIXEL_STATISTICS = {
     "clip_vision_model": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
     "dinov2": _IMAGENET,
     "dinov2_with_registers": _IMAGENET,
@@ -787,7 +787,7 @@ class VQRAEModel(PreTrainedModel):
             # DINOv2 has positions for 518 px, but is used at the 224 px of its processor
             own_size = (processor.crop_size or processor.size).height or own_size
         except OSError:  # no preprocessor_config.json
-            statistics = _PIXEL_STATISTICS.get(encoder_config.model_type)
+            statistics = PIXEL_STATISTICS.get(encoder_config.model_type)
         if "image_mean" not in config or "image_std" not in config:
             if statistics is None:
                 raise ValueError(

@@ -22,8 +22,11 @@ from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 from transformers.utils import logging
 
-from eval.metrics import CodebookUsage, CodebookWindow, codebook_statistics, pixel_metrics, to_uint8
+from eval.codebook_usage.codebook_usage import codebook_statistics, count_codes
+from eval.metrics import CodebookWindow, to_uint8
 from eval.pictures import save_rows
+from eval.psnr.psnr import psnr_per_image
+from eval.ssim.ssim import ssim_per_image
 from training.adversary import Adversary
 from training.arguments import VQRAETrainingArguments
 from training.card import write_card
@@ -44,12 +47,14 @@ class EvaluationMetrics:
     Keeps the first images of the pass for a picture."""
 
     def __init__(self, codebook_size: int, num_pictures: int) -> None:
-        # Trainer hands every process the gathered batches: nothing to sum across processes
-        self.pixels = pixel_metrics(sync_on_compute=False)
-        self.usage = CodebookUsage(codebook_size, sync_on_compute=False)
+        self.codebook_size = codebook_size
         self.num_pictures = num_pictures
-        self._pairs = []
+        self._reset()
         self.pictures = None  # originals and reconstructions of the last complete pass
+
+    def _reset(self) -> None:
+        # Trainer hands every process the gathered batches: nothing to sum across processes
+        self._scores, self._counts, self._pairs = {"psnr": [], "ssim": []}, 0, []
 
     def __call__(self, prediction, compute_result: bool = False) -> dict[str, float]:
         reconstructions, tokens = (torch.as_tensor(x).cpu() for x in prediction.predictions)
@@ -57,14 +62,16 @@ class EvaluationMetrics:
         missing = self.num_pictures - sum(len(pair[0]) for pair in self._pairs)
         if missing > 0:
             self._pairs.append((originals[:missing], reconstructions[:missing]))
-        self.pixels.update(to_uint8(reconstructions) / 255, to_uint8(originals) / 255)
-        self.usage.update(tokens)
+        fake, real = to_uint8(reconstructions) / 255, to_uint8(originals) / 255
+        self._scores["psnr"].append(psnr_per_image(fake, real))
+        self._scores["ssim"].append(ssim_per_image(fake, real))
+        self._counts = self._counts + count_codes(tokens, self.codebook_size)
         if not compute_result:
             return {}
-        metrics = {name: value.item() for name, value in self.pixels.compute().items()} | self.usage.compute()
+        metrics = {name: torch.cat(values).mean().item() for name, values in self._scores.items()}
+        metrics |= codebook_statistics(self._counts)
         self.pictures = tuple(torch.cat(images) for images in zip(*self._pairs))
-        self._pairs = []
-        self.pixels.reset(), self.usage.reset()
+        self._reset()
         return metrics
 
 
