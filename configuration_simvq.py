@@ -55,6 +55,11 @@ class VQRAEConfig(PreTrainedConfig):
             Keep the encoder without gradients and in eval mode (stage 1); `False` trains it (stage 2).
         decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads, decoder_intermediate_size
             (`int`, *optional*): Size of the decoder. `None`: the encoder's ("symmetric decoder").
+        decoder_layer_norm_eps (`float`, defaults to 1e-6):
+            Epsilon of the decoder's layer norms (RAE's decoders: 1e-12).
+        decoder_learned_positions (`bool`, defaults to `False`):
+            Adds learned offsets to the decoder's fixed positions, one for each token of an image of `image_size`,
+            interpolated (bicubic) for other sizes. They start at zero. RAE's training script trains its positions.
         noise_tau (`float`, defaults to 0.0):
             While training, latents in front of the decoder get noise of standard deviation `noise_tau * U(0, 1)`, one
             draw per image (RAE: 0.8, VQRAE: 0).
@@ -104,6 +109,8 @@ class VQRAEConfig(PreTrainedConfig):
     decoder_num_hidden_layers: int | None = None
     decoder_num_attention_heads: int | None = None
     decoder_intermediate_size: int | None = None
+    decoder_layer_norm_eps: float | int = 1e-6
+    decoder_learned_positions: bool = False
     noise_tau: float | int = 0.0
     image_mean: list[float | int] | tuple[float | int, ...] | None = None
     image_std: list[float | int] | tuple[float | int, ...] | None = None
@@ -166,7 +173,7 @@ class VQRAEConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
-        for name in ("commitment_cost", "noise_tau", "initializer_range"):
+        for name in ("commitment_cost", "decoder_layer_norm_eps", "noise_tau", "initializer_range"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         if self.codebook_init not in ("gaussian", "kmeans"):

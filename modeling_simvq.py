@@ -546,9 +546,9 @@ class VQRAEDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: VQRAEConfig) -> None:
         super().__init__()
-        self.layernorm_before = nn.LayerNorm(config.decoder_hidden_size, eps=1e-6)
+        self.layernorm_before = nn.LayerNorm(config.decoder_hidden_size, eps=config.decoder_layer_norm_eps)
         self.attention = VQRAEDecoderAttention(config)
-        self.layernorm_after = nn.LayerNorm(config.decoder_hidden_size, eps=1e-6)
+        self.layernorm_after = nn.LayerNorm(config.decoder_hidden_size, eps=config.decoder_layer_norm_eps)
         self.fc1 = nn.Linear(config.decoder_hidden_size, config.decoder_intermediate_size)
         self.fc2 = nn.Linear(config.decoder_intermediate_size, config.decoder_hidden_size)
 
@@ -559,7 +559,8 @@ class VQRAEDecoderLayer(GradientCheckpointingLayer):
 
 class VQRAEDecoder(nn.Module):
     """Latents to normalised pixels: RAE's ViT decoder (a learnable cls token, fixed positions, a linear layer to the
-    pixels of each patch), whose released weights fit its modules one to one."""
+    pixels of each patch), whose weights fit its modules one to one. RAE's positions may have been trained: what they
+    have moved is in `position_offsets`."""
 
     def __init__(self, config: VQRAEConfig) -> None:
         super().__init__()
@@ -567,10 +568,15 @@ class VQRAEDecoder(nn.Module):
         self.num_channels = config.num_channels
         self.decoder_embed = nn.Linear(config.encoder_config.hidden_size, config.decoder_hidden_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.decoder_hidden_size))
+        self.position_offsets = None
+        if config.decoder_learned_positions:
+            self.position_offsets = nn.Parameter(
+                torch.zeros(1, config.decoder_hidden_size, config.grid_size, config.grid_size)
+            )
         self.decoder_layers = nn.ModuleList(
             [VQRAEDecoderLayer(config) for _ in range(config.decoder_num_hidden_layers)]
         )
-        self.decoder_norm = nn.LayerNorm(config.decoder_hidden_size, eps=1e-6)
+        self.decoder_norm = nn.LayerNorm(config.decoder_hidden_size, eps=config.decoder_layer_norm_eps)
         self.decoder_pred = nn.Linear(config.decoder_hidden_size, config.decoder_patch_size**2 * config.num_channels)
 
     def forward(self, latents: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -578,6 +584,11 @@ class VQRAEDecoder(nn.Module):
         height, width = grid
         hidden_states = self.decoder_embed(latents)
         positions = sincos_positions(height, width, hidden_states.shape[-1], hidden_states.device)
+        if self.position_offsets is not None:
+            offsets = self.position_offsets
+            if offsets.shape[2:] != grid:
+                offsets = F.interpolate(offsets, size=grid, mode="bicubic", align_corners=False)
+            positions = positions + offsets[0].flatten(1).T
         hidden_states = hidden_states + positions.to(hidden_states.dtype)
         # the cls token has no position
         hidden_states = torch.cat([self.cls_token.expand(len(latents), -1, -1), hidden_states], dim=1)
@@ -732,6 +743,8 @@ class VQRAEModel(PreTrainedModel):
             init.zeros_(module.bias)
         elif isinstance(module, VQRAEDecoder):
             init.normal_(module.cls_token, std=self.config.initializer_range)
+            if module.position_offsets is not None:
+                init.zeros_(module.position_offsets)
         else:
             super()._init_weights(module)
 
