@@ -38,6 +38,16 @@ assert "transformers_modules" in type(model).__module__ and "transformers_module
 """
 
 
+LOAD_ALL = """
+import sys
+from transformers import AutoImageProcessor, AutoModel
+name, *revisions = sys.argv[1:]
+for revision in revisions:
+    AutoModel.from_pretrained(name, trust_remote_code=True, revision=revision)
+    AutoImageProcessor.from_pretrained(name, trust_remote_code=True, revision=revision)
+"""
+
+
 @pytest.fixture
 def hub():
     with LocalHub() as hub:
@@ -183,9 +193,7 @@ def test_every_commit_of_a_run_can_be_loaded(hub, tmp_path, image_folder, strate
         assert Image.open(folder / picture).width > 100
         assert {*CODE, "training_recipe.json", "raw_weights.safetensors"} <= files.keys()
     revisions = [revision for revision, _ in hub.commits["user/run"][1:]]
-    loads = "for options['revision'] in sys.argv[3:]:" + "".join(f"\n    {line}" for line in LOAD.splitlines()[6:8])
-    run(["-c", "\n".join(LOAD.splitlines()[:3] + ["name, options = sys.argv[1], {}", loads]), "user/run", "-", *revisions],
-        tmp_path, **hub.environment, HF_HOME=str(tmp_path / "cache"))  # fmt: skip
+    run(["-c", LOAD_ALL, "user/run", *revisions], tmp_path, **hub.environment, HF_HOME=str(tmp_path / "cache"))
     names = set(history[-1])
     assert ("last-checkpoint/trainer_state.json" in names) == (strategy == "checkpoint")
     assert ("checkpoint-4/trainer_state.json" in names) == (strategy == "all_checkpoints")
