@@ -6,10 +6,11 @@
 Writes results.json (every setting that matters beside the numbers), results.md (a table) and pictures.png (the best,
 median and worst images by PSNR, originals above reconstructions).
 
-Protocol: shorter side resized to image_size (bicubic, antialiased), centre crop, the model in --dtype, reconstructions
-clamped and rounded to 8 bits; PSNR and SSIM averaged over images; LPIPS of both on [-1, 1]; rFID against the same
-originals with torchmetrics' FrechetInceptionDistance (InceptionV3 of torch-fidelity, its resize antialiased as
-torchmetrics does by default). Few images give a large and noisy rFID: publish it on 50,000.
+Protocol: shorter side resized to image_size (antialiased, with the filter of the model's image processor: bicubic, and
+bilinear for the SimVQ paper's tokenizers), centre crop, the model in --dtype, reconstructions clamped and rounded to 8
+bits; PSNR and SSIM averaged over images; LPIPS of both on [-1, 1]; rFID against the same originals with torchmetrics'
+FrechetInceptionDistance (InceptionV3 of torch-fidelity, its resize antialiased as torchmetrics does by default). Few
+images give a large and noisy rFID: publish it on 50,000.
 """
 
 import argparse
@@ -29,22 +30,24 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers.image_utils import PILImageResampling
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python eval/reconstruction.py` from a clone
 
-from configuration_simvq import VQRAEConfig  # noqa: E402
 from eval.files import write_whole  # noqa: E402
 from eval.images import decode_image, load_images  # noqa: E402
 from eval.metrics import CodebookUsage, pixel_metrics, to_uint8  # noqa: E402
 from eval.pictures import save_rows  # noqa: E402
 from image_processing_simvq import VQRAEImageProcessor  # noqa: E402
 from modeling_simvq import VQRAEModel  # noqa: E402
+from modeling_simvq_gan import SimVQGANModel  # noqa: E402
 
 
-AutoConfig.register("vqrae", VQRAEConfig)
-AutoModel.register(VQRAEConfig, VQRAEModel)
-AutoImageProcessor.register(VQRAEConfig, fast_image_processor_class=VQRAEImageProcessor)
+for model_class in (VQRAEModel, SimVQGANModel):
+    AutoConfig.register(model_class.config_class.model_type, model_class.config_class)
+    AutoModel.register(model_class.config_class, model_class)
+    AutoImageProcessor.register(model_class.config_class, fast_image_processor_class=VQRAEImageProcessor)
 
 
 class Collate:
@@ -96,7 +99,7 @@ def evaluate(model, loader: DataLoader, network_metrics: dict, reference=None) -
     """One pass over the images in bounded memory. Returns the metrics, and each image's PSNR in dB.
 
     Args:
-        model: a tokenizer in eval mode with the methods and outputs of [`VQRAEModel`].
+        model: a tokenizer in eval mode with the methods and outputs of [`ImageTokenizer`].
         loader: batches of (B, 3, H, W) pixels in [0, 1].
         network_metrics: as `build_network_metrics` returns.
         reference: a tokenizer whose continuous features are the original ones: `feature_cosine` is the cosine
@@ -204,7 +207,7 @@ def main() -> None:
             "split": None if Path(args.data).exists() else args.split,
             "size": dict(processor.size),
             "crop_size": dict(processor.crop_size) if processor.crop_size else None,
-            "resample": "bicubic, antialiased",
+            "resample": f"{PILImageResampling(processor.resample).name.lower()}, antialiased",
             "dtype": args.dtype,
             "device": args.device,
             "rounding": "clamped and rounded to uint8",

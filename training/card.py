@@ -7,12 +7,13 @@ from huggingface_hub import ModelCardData
 from eval.files import write_whole
 
 
+SIMVQ = "[SimVQ](https://huggingface.co/papers/2411.02038)"
+
 TEXT = """
 # {name}
 
-A discrete image tokenizer ([VQRAE](https://huggingface.co/papers/2511.23386) with
-[SimVQ](https://huggingface.co/papers/2411.02038)) for {size} px images: a vision encoder ({encoder}), {codes:,} codes
-of width {width}, and a ViT decoder.
+A discrete image tokenizer ({method}) for {size} px images: {encoder}, {codes:,} codes of width {width}, and a {decoder}
+decoder.
 
 ```python
 from transformers import AutoImageProcessor, AutoModel
@@ -44,6 +45,11 @@ def model_card(name: str, trainer) -> str:
     """
     model, args = trainer.accelerator.unwrap_model(trainer.model), trainer.args
     config = model.config
+    method, encoder, decoder = SIMVQ, "a convolutional encoder", "convolutional"
+    if config.model_type == "vqrae":
+        vision = config.encoder_config
+        method, decoder = f"[VQRAE](https://huggingface.co/papers/2511.23386) with {SIMVQ}", "ViT"
+        encoder = f"a vision encoder ({vision.model_type}, width {vision.hidden_size})"
     measured = next((entry for entry in reversed(trainer.state.log_history) if "eval_psnr" in entry), {})
     names = ("psnr", "ssim", "codebook_utilization", "codebook_perplexity", "codebook_tokens")
     if trainer.ema:
@@ -57,12 +63,14 @@ def model_card(name: str, trainer) -> str:
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-feature-extraction",
-        tags=["vqrae", "simvq", "image-tokenizer"],
+        tags=[config.model_type, "simvq", "image-tokenizer"],
     )
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     text = TEXT.format(
         name=name,
-        encoder=f"{config.encoder_config.model_type}, width {config.encoder_config.hidden_size}",
+        method=method,
+        encoder=encoder,
+        decoder=decoder,
         codes=config.codebook_size,
         width=config.latent_size,
         size=config.image_size,
