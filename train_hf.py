@@ -134,8 +134,8 @@ def load_pretrained(name_or_path: str, config: dict) -> ImageTokenizer:
     config_class = MODELS[model_type].config_class
     if unknown := config.keys() - {known.name for known in fields(config_class)}:
         raise ValueError(
-            f"{name_or_path} has a {config_class.__name__}, which has no {', '.join(sorted(unknown))}. To set nothing of "
-            "what a recipe sets: --model_config {}"
+            f"{name_or_path} has a {config_class.__name__}, which has no {', '.join(sorted(unknown))}: pass other "
+            "fields as --model_config, or {} for none of those that a recipe has."
         )
     return MODELS[model_type].from_pretrained(name_or_path, dtype=torch.float32, **config)
 

@@ -187,8 +187,9 @@ def take_weights(state_dict: dict[str, torch.Tensor], model: SimVQGANModel, ema:
     unexplained = {key for key in state_dict.keys() - known if not key.startswith(tuple(LEFT_BEHIND))}
     if missing or unexplained:
         raise ValueError(
-            f"Checkpoint and --config do not describe the same model. {len(missing)} weights are missing: "
-            f"{some(missing) or '-'}. {len(unexplained)} keys have no known use: {some(unexplained) or '-'}."
+            "Checkpoint and --config do not describe the same model. "
+            f"Weights missing ({len(missing)}): {some(missing) or '-'}. "
+            f"Keys without a known use ({len(unexplained)}): {some(unexplained) or '-'}."
         )
     source = raw | averages if ema else raw
     weights = {own: state_dict[source[own]] for own in raw}
