@@ -143,21 +143,21 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except (EOFError, RuntimeError, pickle.UnpicklingError) as error:
         try:
-            wanted = some(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-        except Exception:  # whatever a damaged file or an old format brings up: the first error tells
-            wanted = str(error).splitlines()[0]
+            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        except Exception:  # whatever a damaged file brings up
+            foreign = []
+        if not foreign:
+            raise ValueError(f"{path} is damaged, or no PyTorch checkpoint: is the download complete?") from error
         raise ValueError(
-            f"{path} wants Python objects beyond tensors and plain values, and creating them could execute anything: "
-            f"{wanted}. They are not created here. Whoever trusts the file, and has what they come from installed, can "
-            "save its tensors alone and convert that:\n"
+            f"{path} wants Python objects beyond tensors and plain values ({some(foreign)}). Creating them could "
+            "execute anything, so they are not created. Whoever trusts the file, and has installed what they come "
+            "from, can save the tensors alone, and convert that:\n"
             "    import torch\n"
             f"    checkpoint = torch.load({str(path)!r}, map_location='cpu', weights_only=False)\n"
             "    torch.save({'state_dict': checkpoint['state_dict']}, 'tensors.ckpt')"
         ) from error
-    except (EOFError, RuntimeError) as error:
-        raise ValueError(f"{path} cannot be read, is the download complete? {error}") from error
     state_dict = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     if not isinstance(state_dict, dict) or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
         raise ValueError(f"{path} is no Lightning checkpoint: it holds no 'state_dict' of tensors.")

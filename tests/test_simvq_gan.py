@@ -165,6 +165,7 @@ def test_methods_and_shapes_are_those_of_a_vqrae():
     assert encoded.image_tokens.shape == (2, 8, 12) and encoded.last_hidden_state.shape == (2, 96, 16)
     assert encoded.quantized_last_hidden_state.shape == (2, 96, 16)
     assert output.decoded_pixel_values.shape == pixels.shape
+    assert model.last_layer is model.decoder.conv_out.weight  # the reference's get_last_layer
     assert type(output) is type(VQRAEModel(tiny_config())(torch.rand(1, 3, 32, 32)))
     assert torch.equal(model.get_image_features(pixels), encoded.last_hidden_state)
     assert torch.equal(model.get_image_tokens(pixels), encoded.image_tokens)
@@ -276,6 +277,8 @@ def test_the_references_recipe_goes_on_from_a_converted_checkpoint(converted, tm
     start, end = (load_file(folder / "model.safetensors") for folder in (converted, tmp_path / "out"))
     assert {name for name in start if torch.equal(start[name], end[name])} == {"quantizer.embedding.weight"}
     assert AutoImageProcessor.from_pretrained(tmp_path / "out", trust_remote_code=True).resample == 2  # bilinear
+    trained = AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert trained.get_image_tokens(PIXELS).shape == (2, 8, 6)
     assert "a convolutional encoder, 512 codes of width 32" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -375,7 +378,7 @@ def test_damaged_and_other_files_are_named(tmp_path):
     whole = files["checkpoint"].read_bytes()
     for content in (whole[: len(whole) // 2], b"", b"version https://git-lfs.github.com/spec/v1\n"):
         files["checkpoint"].write_bytes(content)
-        assert str(files["checkpoint"]) in refused(files)
+        assert f"{files['checkpoint']} is damaged" in refused(files)
     for content in ([1, 2], {"state_dict": {"a": 1}}, {"model": {}}):
         torch.save(content, files["checkpoint"])
         assert "no Lightning checkpoint" in refused(files)
