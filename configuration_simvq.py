@@ -115,6 +115,11 @@ class VQRAEConfig(ImageTokenizerConfig):
             Keep the encoder without gradients and in eval mode (stage 1); `False` trains it (stage 2).
         decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads, decoder_intermediate_size
             (`int`, *optional*): Size of the decoder. `None`: the encoder's ("symmetric decoder").
+        decoder_layer_norm_eps (`float`, defaults to 1e-6):
+            Epsilon of the decoder's layer norms (RAE's decoders: 1e-12).
+        decoder_learned_positions (`bool`, defaults to `False`):
+            Adds learned offsets to the decoder's fixed positions, one for each token of an image of `image_size`,
+            interpolated (bicubic) for other sizes. They start at zero. RAE's training script trains its positions.
         noise_tau (`float`, defaults to 0.0):
             While training, latents in front of the decoder get noise of standard deviation `noise_tau * U(0, 1)`, one
             draw per image (RAE: 0.8, VQRAE: 0).
@@ -156,6 +161,8 @@ class VQRAEConfig(ImageTokenizerConfig):
     decoder_num_hidden_layers: int | None = None
     decoder_num_attention_heads: int | None = None
     decoder_intermediate_size: int | None = None
+    decoder_layer_norm_eps: float | int = 1e-6
+    decoder_learned_positions: bool = False
     noise_tau: float | int = 0.0
     initializer_range: float | int = 0.02
 
@@ -203,7 +210,7 @@ class VQRAEConfig(ImageTokenizerConfig):
             "decoder_intermediate_size",
         )
         super().validate_architecture()
-        for name in ("noise_tau", "initializer_range"):
+        for name in ("decoder_layer_norm_eps", "noise_tau", "initializer_range"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         if self.codebook_init == "kmeans" and not self.use_simvq:

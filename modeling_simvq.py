@@ -546,9 +546,9 @@ class VQRAEDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: VQRAEConfig) -> None:
         super().__init__()
-        self.layernorm_before = nn.LayerNorm(config.decoder_hidden_size, eps=1e-6)
+        self.layernorm_before = nn.LayerNorm(config.decoder_hidden_size, eps=config.decoder_layer_norm_eps)
         self.attention = VQRAEDecoderAttention(config)
-        self.layernorm_after = nn.LayerNorm(config.decoder_hidden_size, eps=1e-6)
+        self.layernorm_after = nn.LayerNorm(config.decoder_hidden_size, eps=config.decoder_layer_norm_eps)
         self.fc1 = nn.Linear(config.decoder_hidden_size, config.decoder_intermediate_size)
         self.fc2 = nn.Linear(config.decoder_intermediate_size, config.decoder_hidden_size)
 
@@ -559,7 +559,8 @@ class VQRAEDecoderLayer(GradientCheckpointingLayer):
 
 class VQRAEDecoder(nn.Module):
     """Latents to normalised pixels: RAE's ViT decoder (a learnable cls token, fixed positions, a linear layer to the
-    pixels of each patch), whose released weights fit its modules one to one."""
+    pixels of each patch), whose weights fit its modules one to one. RAE's positions may have been trained: what they
+    have moved is in `position_offsets`."""
 
     def __init__(self, config: VQRAEConfig) -> None:
         super().__init__()
@@ -569,10 +570,15 @@ class VQRAEDecoder(nn.Module):
         self.num_channels = config.num_channels
         self.decoder_embed = nn.Linear(self.in_features, config.decoder_hidden_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.decoder_hidden_size))
+        self.position_offsets = None
+        if config.decoder_learned_positions:
+            self.position_offsets = nn.Parameter(
+                torch.zeros(1, config.decoder_hidden_size, config.grid_size, config.grid_size)
+            )
         self.decoder_layers = nn.ModuleList(
             [VQRAEDecoderLayer(config) for _ in range(config.decoder_num_hidden_layers)]
         )
-        self.decoder_norm = nn.LayerNorm(config.decoder_hidden_size, eps=1e-6)
+        self.decoder_norm = nn.LayerNorm(config.decoder_hidden_size, eps=config.decoder_layer_norm_eps)
         self.decoder_pred = nn.Linear(config.decoder_hidden_size, config.decoder_patch_size**2 * config.num_channels)
 
     def forward(self, latents: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -583,6 +589,11 @@ class VQRAEDecoder(nn.Module):
             latents = latents + sigma * torch.randn_like(latents)
         hidden_states = self.decoder_embed(latents)
         positions = sincos_positions(height, width, hidden_states.shape[-1], hidden_states.device)
+        if self.position_offsets is not None:
+            offsets = self.position_offsets
+            if offsets.shape[2:] != grid:
+                offsets = F.interpolate(offsets, size=grid, mode="bicubic", align_corners=False)
+            positions = positions + offsets[0].flatten(1).T
         hidden_states = hidden_states + positions.to(hidden_states.dtype)
         # the cls token has no position
         hidden_states = torch.cat([self.cls_token.expand(len(latents), -1, -1), hidden_states], dim=1)
@@ -901,7 +912,7 @@ class ImageTokenizer(PreTrainedModel):
 # How each family was trained, for checkpoints that come without a preprocessor_config.json.
 _IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 _HALF = ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
-_PIXEL_STATISTICS = {
+PIXEL_STATISTICS = {
     "clip_vision_model": ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]),
     "dinov2": _IMAGENET,
     "dinov2_with_registers": _IMAGENET,
@@ -969,6 +980,8 @@ class VQRAEModel(ImageTokenizer):
             init.zeros_(module.bias)
         elif isinstance(module, VQRAEDecoder):
             init.normal_(module.cls_token, std=self.config.initializer_range)
+            if module.position_offsets is not None:
+                init.zeros_(module.position_offsets)
         else:
             super()._init_weights(module)
 
@@ -1012,7 +1025,7 @@ class VQRAEModel(ImageTokenizer):
             # DINOv2 has positions for 518 px, but is used at the 224 px of its processor
             own_size = (processor.crop_size or processor.size).height or own_size
         except OSError:  # no preprocessor_config.json
-            statistics = _PIXEL_STATISTICS.get(encoder_config.model_type)
+            statistics = PIXEL_STATISTICS.get(encoder_config.model_type)
         if "image_mean" not in config or "image_std" not in config:
             if statistics is None:
                 raise ValueError(

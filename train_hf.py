@@ -34,7 +34,9 @@ from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import ImageTokenizer, VQRAEModel
 from modeling_simvq_gan import SimVQGANModel
 from training.arguments import VQRAETrainingArguments
+from training.card import Provenance
 from training.data import EvalTransform, TrainTransform, collate, readable_images, split_files, with_pixels
+from training.hub import download_checkpoint
 from training.report import write_report
 from training.trainer import VQRAETrainer
 
@@ -75,6 +77,12 @@ class ModelArguments:
         default=None, metadata={"help": "Side of the images in pixels (default: what the encoder or config says)."}
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager or flash_attention_2."})
+    license: str | None = field(
+        default=None,
+        metadata={
+            "help": "Licence of the resulting weights for the model card, e.g. apache-2.0 (default: the model's)."
+        },
+    )
 
     def __post_init__(self):
         if isinstance(self.model_config, str):
@@ -230,17 +238,30 @@ def main() -> None:
     processor = load_processor(model_args, size)
     skipped_list = Path(training_args.output_dir) / "skipped_images.txt"
     train, held_out = load_data(data_args, training_args, skipped_list)
+    provenance = Provenance(
+        encoder=model_args.encoder_name_or_path,
+        parent=model_args.model_name_or_path,
+        train_data=data_args.train_data,
+        num_train_images=None if isinstance(train, IterableDataset) else len(train),
+        recipe=given_options(arguments, model_args, data_args, training_args),
+        license=model_args.license,
+    )
     transform = TrainTransform(size, data_args.min_crop_area, training_args.seed, skipped_list)
     trainer = VQRAETrainer(
         model=model,
         args=training_args,
         train_transform=transform,
+        provenance=provenance,
         train_dataset=with_pixels(train, transform),
         eval_dataset=with_pixels(held_out, EvalTransform(processor)),
         data_collator=collate,
         processing_class=processor,
     )
     checkpoint = training_args.resume_from_checkpoint
+    if checkpoint and not os.path.isdir(checkpoint) and training_args.process_index == 0:
+        checkpoint = download_checkpoint(checkpoint, training_args.output_dir, training_args.hub_revision)
+    if checkpoint:
+        checkpoint = broadcast_object_list([checkpoint])[0]
     if checkpoint is None and os.path.isdir(training_args.output_dir):
         checkpoint = get_last_checkpoint(training_args.output_dir)
         if checkpoint:
@@ -264,6 +285,13 @@ def main() -> None:
         if count := transform.count_skipped():
             print(f"{count} images could not be read: {skipped_list}")
     PartialState().destroy_process_group()  # threads of the backend may abort a process that ends before they do
+
+
+def given_options(arguments: list[str], *dataclasses) -> dict:
+    """The options that were given, by name, as JSON holds them."""
+    given = {argument.removeprefix("--").split("=")[0] for argument in arguments if argument.startswith("--")}
+    values = {name: value for options in dataclasses for name, value in vars(options).items() if name in given}
+    return json.loads(json.dumps(values, default=str))
 
 
 def file_as_flags(path: str) -> list[str]:

@@ -43,10 +43,14 @@ from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # `python benchmarks/collapse.py` from a clone
 
+from eval.codebook_usage.codebook_usage import codebook_statistics  # noqa: E402
 from eval.files import write_whole  # noqa: E402
 from eval.images import find_images  # noqa: E402
-from eval.metrics import CodebookWindow, codebook_statistics, to_uint8  # noqa: E402
+from eval.metrics import CodebookWindow, to_uint8  # noqa: E402
+from eval.networks import load_networks  # noqa: E402
 from eval.pictures import save_rows  # noqa: E402
+from eval.protocol import Protocol  # noqa: E402
+from eval.psnr.psnr import psnr_per_image  # noqa: E402
 from image_processing_simvq import VQRAEImageProcessor  # noqa: E402
 from modeling_simvq import SimVQ, VectorQuantizer, VQRAEConfig, VQRAEModel  # noqa: E402
 from training.data import EvalTransform, TrainTransform, split_files  # noqa: E402
@@ -141,21 +145,18 @@ class Reconstruction:
     """PSNR and, where its weights can be had, LPIPS of held-out images."""
 
     def __init__(self, pixels: torch.Tensor) -> None:
-        from eval.reconstruction import build_network_metrics
-
+        protocol = Protocol.load("default")
         self.pixels = to_uint8(pixels) / 255
-        self.lpips = build_network_metrics(["lpips_alex"], None, torch.device("cpu"))[0].get("lpips_alex")
+        self.lpips = load_networks(protocol, torch.device("cpu"), names=["lpips_alex"])[0].lpips.get("lpips_alex")
 
     def __call__(self, reconstruction: torch.Tensor) -> dict[str, float | None]:
         rounded = to_uint8(reconstruction) / 255
-        psnr = -10 * (rounded - self.pixels).square().mean((1, 2, 3)).clamp_min(1e-10).log10()
         lpips = None
         if self.lpips:
-            self.lpips.reset()
-            for parts in zip(rounded.split(32), self.pixels.split(32)):
-                self.lpips.update(*parts)
-            lpips = self.lpips.compute().item()
-        return {"psnr": psnr.mean().item(), "lpips": lpips}
+            with torch.no_grad():
+                parts = zip(rounded.split(32), self.pixels.split(32))
+                lpips = torch.cat([self.lpips(*part, normalize=True) for part in parts]).mean().item()
+        return {"psnr": psnr_per_image(rounded, self.pixels).mean().item(), "lpips": lpips}
 
 
 # Runs ----------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ executes nothing, neither from the pickle nor what the YAML names.
 --output_dir gets model.safetensors, config.json, preprocessor_config.json, the modeling code and a model card:
 
     model = AutoModel.from_pretrained("simvq-1k", trust_remote_code=True).eval()
-    python eval/reconstruction.py --model_name_or_path simvq-1k --data my_images --output_dir results
+    python eval/reconstruction.py --model_name_or_path simvq-1k --data my_images --protocol simvq-128 --output_dir out
     python train_hf.py configs/simvq_128.json --model_name_or_path simvq-1k --model_config {} --train_data my_images
 
 Every weight of the model must be in the checkpoint in its shape, and every key of the checkpoint must have a known use;
@@ -20,9 +20,7 @@ LPIPS and the discriminator are left behind. Before the folder gets its name the
 
 import argparse
 import hashlib
-import os
 import pickle
-import shutil
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -37,6 +35,7 @@ from transformers.image_utils import PILImageResampling
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python convert/simvq_checkpoint.py` from a clone
 
 from configuration_simvq_gan import SimVQGANConfig  # noqa: E402
+from eval.files import write_folder_whole  # noqa: E402
 from image_processing_simvq import VQRAEImageProcessor  # noqa: E402
 from modeling_simvq_gan import SimVQGANModel  # noqa: E402
 
@@ -227,6 +226,27 @@ def check(model: SimVQGANModel, folder: Path) -> float:
     return difference
 
 
+def model_card(config: SimVQGANConfig, name: str, checkpoint: Path, weights: str) -> str:
+    """The text of README.md."""
+    data = ModelCardData(
+        license="mit",
+        library_name="transformers",
+        pipeline_tag="image-feature-extraction",
+        tags=["simvq_gan", "simvq", "image-tokenizer"],
+    )
+    text = CARD.format(
+        name=name,
+        codes=config.codebook_size,
+        width=config.latent_size,
+        size=config.image_size,
+        patch=config.decoder_patch_size,
+        checkpoint=checkpoint.name,
+        digest=sha256(checkpoint),
+        weights=WEIGHTS[weights],
+    )
+    return f"---\n{data.to_yaml()}\n---\n{text}"
+
+
 def sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
@@ -257,37 +277,17 @@ def convert(checkpoint: Path, config: Path, output_dir: Path, weights: str = "em
     print(f"Reading {checkpoint}.", flush=True)
     model.load_state_dict(take_weights(read_state_dict(checkpoint), model, weights == "ema"))
 
-    unfinished = output_dir.with_name(f"unfinished-{output_dir.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        print(f"Writing {unfinished}.", flush=True)
-        model.save_pretrained(unfinished)
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
         processor = VQRAEImageProcessor.for_image_size(model.config.image_size)
         processor.resample = PILImageResampling.BILINEAR  # as in the reference's evaluation
-        processor.save_pretrained(unfinished)
-        data = ModelCardData(
-            license="mit",
-            library_name="transformers",
-            pipeline_tag="image-feature-extraction",
-            tags=["simvq", "image-tokenizer"],
-        )
-        text = CARD.format(
-            name=output_dir.name,
-            codes=model.config.codebook_size,
-            width=model.config.latent_size,
-            size=model.config.image_size,
-            patch=model.config.decoder_patch_size,
-            checkpoint=checkpoint.name,
-            digest=sha256(checkpoint),
-            weights=WEIGHTS[weights],
-        )
-        (unfinished / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n{text}")
+        processor.save_pretrained(folder)
+        (folder / "README.md").write_text(model_card(model.config, output_dir.name, checkpoint, weights))
         print("Loading what was written, and comparing.", flush=True)
-        difference = check(model, unfinished)
-        print(f"  same tokens for two images of noise, pixels differ by {difference:g} at most")
-        os.replace(unfinished, output_dir)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        print(f"  same tokens for two images of noise, pixels differ by {check(model, folder):g} at most")
+
+    print(f"Writing {output_dir}.", flush=True)
+    write_folder_whole(output_dir, write)
     print(f"Model, image processor and model card: {output_dir}")
 
 

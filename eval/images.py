@@ -6,6 +6,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 
@@ -68,9 +69,13 @@ def load_images(
     return dataset.cast_column("image", datasets.Image(decode=False))
 
 
-def decode_image(record: dict) -> Image.Image:
+def decode_image(record: dict, turned_by_exif: bool = True) -> Image.Image:
     """PIL image of a `datasets.Image(decode=False)` record, turned as its EXIF says if that can be read; 16-bit grey
     levels become 8-bit ones.
+
+    Args:
+        record: with `bytes`, or the `path` of a file.
+        turned_by_exif: `False` leaves it as it lies in the file.
 
     Raises:
         ValueError: the file is not an image, or is damaged; named.
@@ -80,7 +85,7 @@ def decode_image(record: dict) -> Image.Image:
         with Image.open(source) as image:
             image.load()
             try:
-                image = ImageOps.exif_transpose(image)
+                image = ImageOps.exif_transpose(image) if turned_by_exif else image
             except (OSError, SyntaxError, TypeError, ValueError, struct.error):  # broken EXIF is no broken image
                 pass
             if image.mode.startswith("I;16") or image.mode == "I":  # PIL would clip at 255
@@ -88,3 +93,86 @@ def decode_image(record: dict) -> Image.Image:
             return image
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ValueError(f"Cannot read the image {record['path']}: {error} Remove or replace it.") from error
+
+
+def match_images(real: str | Path, fake: str | Path) -> tuple[list[Path], list[Path]]:
+    """Files of two folders (or lists) that belong together: of the same path below the folder, whatever the suffix.
+
+    Raises:
+        ValueError: some have no partner.
+    """
+    files = []
+    for path in (real, fake):
+        folder = Path(path) if Path(path).is_dir() else None
+        files.append(
+            {str((f.relative_to(folder) if folder else Path(f.name)).with_suffix("")): f for f in find_images(path)}
+        )
+    alone = sorted(files[0].keys() ^ files[1].keys())
+    if alone:
+        raise ValueError(
+            f"{len(alone)} images of {real} and {fake} have no partner of the same name, first '{alone[0]}': name each "
+            "reconstruction like its original."
+        )
+    return [files[0][name] for name in sorted(files[0])], [files[1][name] for name in sorted(files[0])]
+
+
+class CroppedImages(torch.utils.data.Dataset):
+    """Images as a protocol crops them; or pairs of them.
+
+    Items are dicts: `index`; `original`, (3, H, W) of uint8; `reconstruction` likewise, where there are files of them;
+    or, for an image that cannot be read, `error` in place of both.
+
+    Args:
+        data: of `load_images`.
+        protocol: see [`Protocol`].
+        size: side of the crops in pixels; `None`: as the files are, all of the same size.
+        reconstructions: of `load_images`, in the order of `data`.
+    """
+
+    def __init__(self, data, protocol, size: int | None, reconstructions=None) -> None:
+        self.data, self.reconstructions = data, reconstructions
+        self.protocol, self.size = protocol, size
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict:
+        try:
+            image = decode_image(self.data[index]["image"], self.protocol.turned_by_exif)
+            item = {"index": index, "original": self._tensor(image, self.size)}
+            if self.reconstructions is not None:
+                fake = decode_image(self.reconstructions[index]["image"], self.protocol.turned_by_exif)
+                if fake.size != image.size and fake.size != (self.size, self.size):
+                    raise RuntimeError(
+                        f"{self.reconstructions[index]['image']['path']} is {fake.size} px, its original {image.size}: "
+                        "a reconstruction must have the size of its original, before or after the crop "
+                        f"(--image_size, now {self.size})."
+                    )
+                item["reconstruction"] = self._tensor(fake, self.size if fake.size == image.size else None)
+            return item
+        except ValueError as error:
+            return {"index": index, "error": str(error)}
+
+    def _tensor(self, image: Image.Image, size: int | None) -> torch.Tensor:
+        return torch.from_numpy(self.protocol.crop(image, size).copy()).permute(2, 0, 1).contiguous()
+
+
+def collate_images(items: list[dict]) -> dict:
+    """Items of [`CroppedImages`] to a batch: tensors (B, 3, H, W), B the number of those that could be read; `index` of
+    those; `skipped`, pairs of index and message.
+
+    Raises:
+        ValueError: images of different sizes.
+    """
+    read = [item for item in items if "error" not in item]
+    sizes = sorted({tuple(item["original"].shape[1:]) for item in read})
+    if len(sizes) > 1:
+        raise ValueError(f"Images of different sizes, {sizes[0]} and {sizes[1]} px: pass --image_size to crop them.")
+    batch = {
+        "index": [item["index"] for item in read],
+        "skipped": [(item["index"], item["error"]) for item in items if "error" in item],
+    }
+    for name in ("original", "reconstruction"):
+        if read and name in read[0]:
+            batch[name] = torch.stack([item[name] for item in read])
+    return batch

@@ -1,9 +1,12 @@
 """Pictures of reconstructions."""
 
+import base64
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torchvision.utils import make_grid
 from transformers.image_transforms import to_pil_image
 
@@ -11,12 +14,11 @@ from eval.files import write_whole
 from eval.metrics import to_uint8
 
 
-def save_rows(batches: Sequence[torch.Tensor], path: str | Path, columns: int = 8) -> None:
-    """Writes a PNG with, in turn, a row of each batch: originals, below them their reconstructions, and so on.
+def rows_of(batches: Sequence[torch.Tensor], columns: int = 8) -> Image.Image:
+    """A picture with, in turn, a row of each batch: originals, below them their reconstructions, and so on.
 
     Args:
         batches: of the same images, each (B, 3, H, W), nominally in [0, 1].
-        path: the file; its folder is made.
         columns: images in a row.
     """
     batches = [to_uint8(batch.cpu()) for batch in batches]
@@ -27,7 +29,20 @@ def save_rows(batches: Sequence[torch.Tensor], path: str | Path, columns: int = 
         for image in _filled(batch[start : start + columns], columns)
     ]
     grid = make_grid(torch.stack(rows), nrow=columns, padding=2, pad_value=255)
-    write_whole(Path(path), lambda file: to_pil_image(grid.numpy(), do_rescale=False).save(file, format="PNG"))
+    return to_pil_image(grid.numpy(), do_rescale=False)
+
+
+def save_rows(batches: Sequence[torch.Tensor], path: str | Path, columns: int = 8) -> None:
+    """Writes `rows_of` the batches as a PNG; its folder is made."""
+    picture = rows_of(batches, columns)
+    write_whole(Path(path), lambda file: picture.save(file, format="PNG"))
+
+
+def as_html(picture: Image.Image) -> str:
+    """An `<img>` that holds the picture itself."""
+    png = io.BytesIO()
+    picture.save(png, format="PNG")
+    return f'<img src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">'
 
 
 def _filled(images: torch.Tensor, columns: int) -> torch.Tensor:

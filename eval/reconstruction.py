@@ -1,44 +1,47 @@
 #!/usr/bin/env python
-"""Measures how well a tokenizer reconstructs images: rFID, LPIPS, PSNR, SSIM, and how it uses its codebook.
+"""Measures how well a tokenizer reconstructs images, under a named protocol.
 
     python eval/reconstruction.py --model_name_or_path runs/quickstart --data my_images --output_dir results
+    python eval/reconstruction.py --model_name_or_path org/model --data ILSVRC/imagenet-1k --protocol titok-256 \\
+        --output_dir results
+    python eval/reconstruction.py --callable their_code:reconstruct --data my_images --image_size 256 \\
+        --output_dir results
+    python eval/reconstruction.py --real originals --fake reconstructions --output_dir results
 
-Writes results.json (every setting that matters beside the numbers), results.md (a table) and pictures.png (the best,
-median and worst images by PSNR, originals above reconstructions).
+A tokenizer of this repository (or one with its methods), any function from pixels to pixels, or two folders of images:
+rFID, LPIPS, PSNR, SSIM, MS-SSIM, use of the codebook, semantic agreement, as far as the protocol has them. Protocols
+are the files of eval/protocols; docs/evaluation.md tells where they come from and how far apart they are.
 
-Protocol: shorter side resized to image_size (antialiased, with the filter of the model's image processor: bicubic, and
-bilinear for the SimVQ paper's tokenizers), centre crop, the model in --dtype, reconstructions clamped and rounded to 8
-bits; PSNR and SSIM averaged over images; LPIPS of both on [-1, 1]; rFID against the same originals with torchmetrics'
-FrechetInceptionDistance (InceptionV3 of torch-fidelity, its resize antialiased as torchmetrics does by default). Few
-images give a large and noisy rFID: publish it on 50,000.
+Writes results.json (every number with all that it depends on), results.md, report.html (numbers, pictures, error maps,
+use of the codes), pictures.png and, where there are tokens, code_counts.npy. An interrupted run goes on when the same
+command is given again. `accelerate launch eval/reconstruction.py ...` shares the images among processes and gives the
+same numbers.
 """
 
 import argparse
+import hashlib
 import json
-import platform
 import sys
 import time
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-import torchmetrics
-import transformers
+from accelerate import PartialState
 from torch.utils.data import DataLoader
-from torchmetrics import MeanMetric
-from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from tqdm import tqdm
-from transformers import AutoConfig, AutoImageProcessor, AutoModel
-from transformers.image_utils import PILImageResampling
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, set_seed
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python eval/reconstruction.py` from a clone
+if __name__ == "__main__":  # not this folder: its `lpips` is not the package of that name
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from eval.evaluation import Evaluation, cosine_per_image  # noqa: E402
 from eval.files import write_whole  # noqa: E402
-from eval.images import decode_image, load_images  # noqa: E402
-from eval.metrics import CodebookUsage, pixel_metrics, to_uint8  # noqa: E402
-from eval.pictures import save_rows  # noqa: E402
+from eval.images import CroppedImages, collate_images, dataset_of_files, load_images, match_images  # noqa: E402
+from eval.networks import load_networks, load_object, weights_hash  # noqa: E402
+from eval.protocol import Protocol, names  # noqa: E402
+from eval.results import library_versions, update_model_card, write_results  # noqa: E402
 from image_processing_simvq import VQRAEImageProcessor  # noqa: E402
 from modeling_simvq import VQRAEModel  # noqa: E402
 from modeling_simvq_gan import SimVQGANModel  # noqa: E402
@@ -50,200 +53,275 @@ for model_class in (VQRAEModel, SimVQGANModel):
     AutoImageProcessor.register(model_class.config_class, fast_image_processor_class=VQRAEImageProcessor)
 
 
-class Collate:
-    """Records with encoded images -> (B, 3, H, W) pixels."""
-
-    def __init__(self, processor) -> None:
-        self.processor = processor
-
-    def __call__(self, records: list[dict]) -> torch.Tensor:
-        images = [decode_image(record["image"]) for record in records]
-        return self.processor(images, return_tensors="pt").pixel_values
-
-
-NETWORK_METRICS = ("rfid", "lpips_alex", "lpips_vgg")
-
-
-def build_network_metrics(names: list[str], inception_weights: str | None, device: torch.device) -> tuple[dict, dict]:
-    """rFID and LPIPS metrics whose weights can be had, and for the others the reason why not.
+class ModelReconstruction:
+    """A tokenizer with the methods and outputs of [`ImageTokenizer`], as the evaluation calls it.
 
     Args:
-        names: which of `NETWORK_METRICS` are wanted.
-        inception_weights: a local file, or `None` to take torch-fidelity's from its cache or the net.
-        device: where they run.
+        model: in eval mode.
+        semantic_agreement: also the cosine of its features of original and reconstruction.
+        reference: a tokenizer whose continuous features are the original ones: also the cosine to them.
     """
-    builders = {
-        "rfid": lambda: FrechetInceptionDistance(
-            normalize=False, feature_extractor_weights_path=inception_weights
-        ).set_dtype(torch.float64),
-        "lpips_alex": lambda: LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True),
-        "lpips_vgg": lambda: LearnedPerceptualImagePatchSimilarity(net_type="vgg", normalize=True),
-    }
-    hints = {
-        "rfid": "pass --inception_weights pt_inception-2015-12-05-6726825d.pth (releases of toshas/torch-fidelity)",
-        "lpips_alex": "put torchvision's alexnet-owt-7be5be79.pth into $TORCH_HOME/hub/checkpoints",
-        "lpips_vgg": "put torchvision's vgg16-397923af.pth into $TORCH_HOME/hub/checkpoints",
-    }
-    metrics, reasons = {}, {name: "not asked for" for name in NETWORK_METRICS if name not in names}
-    for name in names:
-        print(f"Loading the weights of {name} (downloaded if they are not cached).", flush=True)
-        try:
-            metrics[name] = builders[name]().to(device)
-        except (OSError, RuntimeError, ModuleNotFoundError) as error:  # URLError is an OSError
-            reasons[name] = f"weights not available ({error}); {hints[name]}"
-            print(f"{name} is left out: {reasons[name]}", flush=True)
-    return metrics, reasons
+
+    def __init__(self, model, semantic_agreement: bool, reference=None) -> None:
+        self.model, self.semantic_agreement, self.reference = model, semantic_agreement, reference
+
+    def __call__(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """(B, 3, H, W) in [0, 1] -> reconstructions, tokens, and scores by name, (B,) each."""
+        output = self.model(pixels, return_loss=False)
+        reconstructions, scores = output.decoded_pixel_values, {}
+        if self.semantic_agreement:
+            seen = (reconstructions.clamp(0, 1) * 255).round() / 255
+            scores["semantic_agreement"] = cosine_per_image(
+                self.model.get_image_features(seen), output.last_hidden_state
+            )
+        if self.reference is not None:
+            features = self.reference.get_image_features(pixels)
+            scores["feature_cosine"] = cosine_per_image(output.last_hidden_state, features)
+        return reconstructions, output.image_tokens, scores
 
 
-def evaluate(model, loader: DataLoader, network_metrics: dict, reference=None) -> tuple[dict, list[float]]:
-    """One pass over the images in bounded memory. Returns the metrics, and each image's PSNR in dB.
+def evaluate(
+    evaluation: Evaluation,
+    images: CroppedImages,
+    reconstruct,
+    batch_size: int,
+    num_workers: int,
+    device: torch.device,
+    progress_file: Path,
+    key: str,
+    save_seconds: float = 120,
+) -> None:
+    """Passes all images through, each by one process, and joins the processes; what was done before an interruption is
+    not done again.
 
     Args:
-        model: a tokenizer in eval mode with the methods and outputs of [`ImageTokenizer`].
-        loader: batches of (B, 3, H, W) pixels in [0, 1].
-        network_metrics: as `build_network_metrics` returns.
-        reference: a tokenizer whose continuous features are the original ones: `feature_cosine` is the cosine
-            similarity to them, averaged over tokens.
+        evaluation: takes the batches.
+        images: of the data; with `reconstruction` where `reconstruct` is `None`.
+        reconstruct: from (B, 3, H, W) pixels in [0, 1] to reconstructions, tokens or `None`, and scores by name.
+        batch_size: in images.
+        num_workers: processes that load images.
+        device: where the tokenizer and the networks are.
+        progress_file: of this process; removed at the end.
+        key: of everything the numbers depend on; progress under another key is not used.
+        save_seconds: between two savings.
     """
-    device = model.device
-    pixels, usage = pixel_metrics().to(device), CodebookUsage(model.config.codebook_size).to(device)
-    psnrs, cosine = [], MeanMetric().to(device)
-    with torch.inference_mode():
-        for originals in tqdm(loader, desc="Evaluating", unit="batch"):
-            output = model(originals.to(device), return_loss=False)
-            real, fake = to_uint8(originals.to(device)), to_uint8(output.decoded_pixel_values)
-            real_unit, fake_unit = real / 255, fake / 255
-            pixels.update(fake_unit, real_unit)
-            psnrs += (-10 * (fake_unit - real_unit).square().mean((1, 2, 3)).clamp_min(1e-10).log10()).tolist()
-            usage.update(output.image_tokens)
-            if reference is not None:
-                features = reference.get_image_features(originals.to(device))
-                cosine.update(F.cosine_similarity(output.last_hidden_state.float(), features.float(), dim=-1))
-            for name, metric in network_metrics.items():
-                if name == "rfid":
-                    metric.update(real, real=True), metric.update(fake, real=False)
+    state = PartialState()
+    batches = [list(range(i, min(i + batch_size, len(images)))) for i in range(0, len(images), batch_size)]
+    own = list(range(len(batches)))[state.process_index :: state.num_processes]
+    done = 0
+    if progress_file.exists():
+        progress = torch.load(progress_file, map_location=device, weights_only=True)
+        if progress["key"] == key:
+            done = progress["done"]
+            evaluation.load_state_dict(progress["evaluation"])
+            print(f"Going on after {len(evaluation.index)} images ({progress_file}).", flush=True)
+        else:
+            print(f"{progress_file} is of another evaluation: starting anew.", flush=True)
+    loader = DataLoader(
+        images, batch_sampler=[batches[i] for i in own[done:]], num_workers=num_workers, collate_fn=collate_images
+    )
+    saved = time.monotonic()
+    total = sum(len(batches[i]) for i in own)
+    bar = tqdm(
+        total=total,
+        initial=sum(len(batches[i]) for i in own[:done]),
+        desc="Evaluating",
+        unit="image",
+        disable=not state.is_main_process,
+    )
+    with bar, torch.inference_mode():
+        for number, batch in zip(own[done:], loader):
+            for index, error in batch["skipped"]:
+                tqdm.write(f"Left out: {error}")
+                evaluation.skipped.append((index, error))
+            if batch["index"]:
+                originals, tokens, scores = batch["original"].to(device), None, {}
+                if reconstruct is None:
+                    reconstructions = batch["reconstruction"].to(device) / 255
                 else:
-                    metric.update(fake_unit, real_unit)
-    values = {name: value.item() for name, value in pixels.compute().items()} | usage.compute()
-    for name, metric in network_metrics.items():
-        values[name] = metric.compute().item()
-    if reference is not None:
-        values["feature_cosine"] = cosine.compute().item()
-    return values, psnrs
+                    reconstructions, tokens, scores = reconstruct(originals / 255)
+                evaluation.update(number, batch["index"], originals, reconstructions, tokens, **scores)
+            done += 1
+            bar.update(len(batches[number]))
+            if time.monotonic() - saved > save_seconds:
+                progress = {"key": key, "done": done, "evaluation": evaluation.state_dict()}
+                write_whole(progress_file, lambda path, progress=progress: torch.save(progress, path))
+                saved = time.monotonic()
+    evaluation.join()
+    state.wait_for_everyone()
+    progress_file.unlink(missing_ok=True)
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", required=True, help="A tokenizer: folder or hub repository.")
+    what = parser.add_argument_group("what is evaluated: one of")
+    what.add_argument("--model_name_or_path", help="A tokenizer: folder or hub repository.")
+    what.add_argument(
+        "--callable",
+        help="module:function from pixels (B, 3, H, W) in [0, 1] to pixels; its module must be in PYTHONPATH.",
+    )
+    what.add_argument("--real", help="A folder of originals (or a .txt file that lists them), with --fake.")
+    what.add_argument("--fake", help="A folder of reconstructions, named like their originals.")
     parser.add_argument("--revision", help="Branch, tag or commit of a hub repository.")
     parser.add_argument(
         "--trust_remote_code", action="store_true", help="Run the modeling code that comes with a foreign checkpoint."
     )
-    parser.add_argument(
-        "--data", required=True, help="A folder of images, a .txt file that lists images, or a dataset of the hub."
+    data = parser.add_argument_group("on which images")
+    data.add_argument("--data", help="A folder of images, a .txt file that lists images, or a dataset of the hub.")
+    data.add_argument("--split", default="validation", help="Split of a hub dataset (default: validation).")
+    data.add_argument("--dataset_config_name", help="Configuration of a hub dataset.")
+    data.add_argument("--image_column", default="image", help="Column of a hub dataset (default: image).")
+    data.add_argument("--max_samples", type=int, help="Evaluate on that many images at most.")
+    how = parser.add_argument_group("how")
+    how.add_argument(
+        "--protocol", default="default", help=f"One of {', '.join(names())} (default: default), or a .json file."
     )
-    parser.add_argument("--split", default="validation", help="Split of a hub dataset (default: validation).")
-    parser.add_argument("--dataset_config_name", help="Configuration of a hub dataset.")
-    parser.add_argument("--image_column", default="image", help="Column of a hub dataset (default: image).")
-    parser.add_argument("--max_samples", type=int, help="Evaluate on that many images at most.")
-    parser.add_argument("--output_dir", required=True, help="Where the results go.")
-    parser.add_argument("--batch_size", type=int, default=32, help="Images at a time (default: 32).")
-    parser.add_argument("--num_workers", type=int, default=0, help="Processes that load images (default: 0).")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="Of the model.")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Default: cuda where there is one."
+    how.add_argument(
+        "--image_size", type=int, help="Side of the crops, where neither protocol nor model says. Without: no crop."
     )
-    parser.add_argument(
+    how.add_argument("--batch_size", type=int, default=32, help="Images at a time (default: 32, or the protocol's).")
+    how.add_argument("--num_workers", type=int, help="Processes that load images (default: 8 beside a GPU, else 0).")
+    how.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="Of the model.")
+    how.add_argument("--device", help="Default: cuda where there is one.")
+    metrics = parser.add_argument_group("metrics")
+    metrics.add_argument(
         "--network_metrics",
         nargs="*",
-        default=list(NETWORK_METRICS),
-        choices=NETWORK_METRICS,
-        help="Metrics that need pretrained networks, hundreds of MB to download once (default: all). Nothing behind "
-        "the flag: none.",
+        choices=["rfid", "lpips_alex", "lpips_vgg"],
+        help="Metrics that need pretrained networks, hundreds of MB to download once (default: all of the protocol). "
+        "Nothing behind the flag: none.",
     )
-    parser.add_argument(
+    metrics.add_argument("--inception_weights", help="Local file with torch-fidelity's Inception weights, for rFID.")
+    metrics.add_argument(
+        "--reference_statistics",
+        help="An .npz file with mu and sigma of the reference set, for rFID against it (eval/reference_statistics.py).",
+    )
+    metrics.add_argument(
+        "--features",
+        nargs="*",
+        default=[],
+        help="Frechet distances on other features: vision models of transformers, such as facebook/dinov2-large, or "
+        "module:function from (B, 3, H, W) of uint8 to (B, D). Named fd_..., never FID.",
+    )
+    metrics.add_argument(
         "--reference_model",
         help="A tokenizer with the original encoder, such as that of stage 1: feature_cosine is the cosine similarity "
         "of the continuous features to its.",
     )
-    parser.add_argument("--inception_weights", help="Local file with torch-fidelity's Inception weights, for rFID.")
+    parser.add_argument("--output_dir", required=True, help="Where the results go.")
+    parser.add_argument(
+        "--update_model_card",
+        action="store_true",
+        help="Put the numbers into the metadata (model-index) of README.md in the folder --model_name_or_path.",
+    )
     args = parser.parse_args()
+    sources = [args.model_name_or_path, args.callable, args.real]
+    if sum(source is not None for source in sources) != 1 or (args.real is None) != (args.fake is None):
+        parser.error("pass one of --model_name_or_path, --callable, and --real with --fake")
+    if (args.data is None) == (args.real is None):
+        parser.error("pass --data with a tokenizer, and none with --real and --fake")
+    if args.callable and args.image_size is None and Protocol.load(args.protocol).image_size is None:
+        parser.error("--callable needs --image_size, or a protocol that has one")
+    if args.update_model_card and not Path(args.model_name_or_path or "", "README.md").is_file():
+        parser.error("--update_model_card needs a folder with a README.md as --model_name_or_path")
+    return args
 
-    device = torch.device(args.device)
-    load = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
-    model = AutoModel.from_pretrained(args.model_name_or_path, dtype=getattr(torch, args.dtype), **load)
-    model.to(device).eval()
-    processor = AutoImageProcessor.from_pretrained(args.model_name_or_path, **load)
-    data = load_images(args.data, args.split, args.dataset_config_name, args.image_column)
+
+def main() -> None:
+    args = parse_arguments()
+    state = PartialState(cpu=args.device == "cpu" or not torch.cuda.is_available())
+    device = torch.device(args.device or state.device)
+    set_seed(0)  # nothing is drawn; a foreign tokenizer may
+    protocol = Protocol.load(args.protocol)
+    output = Path(args.output_dir)
+
+    size, reconstruct, codebook_size, fakes = protocol.image_size or args.image_size, None, None, None
+    if protocol.image_size and args.image_size not in (None, protocol.image_size):
+        raise ValueError(f"--image_size is {args.image_size}, but {protocol.name} is for {protocol.image_size} px.")
+    if args.real:
+        source = {"real": args.real, "fake": args.fake}
+        real_files, fake_files = match_images(args.real, args.fake)
+        data, fakes = dataset_of_files(real_files), dataset_of_files(fake_files)
+    else:
+        data = load_images(args.data, args.split, args.dataset_config_name, args.image_column)
+    if args.callable:
+        function = load_object(args.callable)
+        source = {"callable": args.callable}
+
+        def reconstruct(pixels):
+            return function(pixels), None, {}
+
+    if args.model_name_or_path:
+        load = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
+        model = AutoModel.from_pretrained(args.model_name_or_path, dtype=getattr(torch, args.dtype), **load)
+        model.to(device).eval()
+        reference = None
+        if args.reference_model:
+            reference = AutoModel.from_pretrained(args.reference_model, trust_remote_code=args.trust_remote_code)
+            reference.to(device).eval()
+        size = size or model.config.image_size
+        codebook_size = model.config.codebook_size
+        reconstruct = ModelReconstruction(model, protocol.semantic_agreement, reference)
+        source = {
+            "model": args.model_name_or_path,
+            "revision": getattr(model.config, "_commit_hash", None) or args.revision,
+            "weights_sha256": weights_hash(model),
+            "dtype": args.dtype,
+            "codebook_size": codebook_size,
+            "reference_model": args.reference_model,
+        }
     if args.max_samples:
         data = data.select(range(min(len(data), args.max_samples)))
-    collate = Collate(processor)
-    loader = DataLoader(data, args.batch_size, num_workers=args.num_workers, collate_fn=collate)
-    network_metrics, reasons = build_network_metrics(args.network_metrics, args.inception_weights, device)
+    networks, reasons, hashes = load_networks(
+        protocol,
+        device,
+        names=args.network_metrics,
+        inception_weights=args.inception_weights,
+        features=args.features,
+        reference_statistics=args.reference_statistics,
+    )
 
-    start = time.time()
-    reference = None
-    if args.reference_model:
-        reference = AutoModel.from_pretrained(args.reference_model, trust_remote_code=args.trust_remote_code)
-        reference.to(device).eval()
-    values, psnrs = evaluate(model, loader, network_metrics, reference)
-    names = [*NETWORK_METRICS, "psnr", "ssim"]
-    names += ["codebook_utilization", "codebook_perplexity", "codebook_tokens"]
-    names += ["feature_cosine"] if reference is not None else []
-    finite = {name: values.get(name) for name in names}
-    finite = {name: value if value is None or abs(value) != float("inf") else None for name, value in finite.items()}
-    if values["psnr"] == float("inf"):
-        reasons["psnr"] = "infinite: every reconstruction equals its original"
-    result = {
-        "metrics": finite,
-        "not_computed": reasons,
-        "num_images": len(data),
-        "settings": {
-            "model": args.model_name_or_path,
-            "revision": args.revision,
-            "reference_model": args.reference_model,
-            "codebook_size": model.config.codebook_size,
-            "data": args.data,
-            "split": None if Path(args.data).exists() else args.split,
-            "size": dict(processor.size),
-            "crop_size": dict(processor.crop_size) if processor.crop_size else None,
-            "resample": f"{PILImageResampling(processor.resample).name.lower()}, antialiased",
-            "dtype": args.dtype,
-            "device": args.device,
-            "rounding": "clamped and rounded to uint8",
-            "psnr": "mean over images, data range 1",
-            "ssim": "torchmetrics, Gaussian window 11 px, sigma 1.5",
-            "rfid": "torchmetrics, 2048 features, torch-fidelity Inception, antialias=True",
-            "rfid_reference": "the same originals, resized and cropped alike",
-            "inception_weights": args.inception_weights,
-        },
-        "versions": {
-            "torch": torch.__version__,
-            "torchmetrics": torchmetrics.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
-        "seconds": round(time.time() - start, 1),
-    }
-    output = Path(args.output_dir)
-    write_whole(output / "results.json", lambda file: file.write_text(json.dumps(result, indent=2) + "\n"))
-    table = ["| metric | value |", "| --- | --- |"]
-    table += [f"| {name} | {'not computed' if value is None else f'{value:.4g}'} |" for name, value in finite.items()]
-    table += [f"| images | {len(data)} |"]
-    write_whole(output / "results.md", lambda file: file.write_text("\n".join(table) + "\n"))
-
-    order = sorted(range(len(psnrs)), key=lambda i: -psnrs[i])
-    count = min(8, len(order))
-    middle = (len(order) - count) // 2
-    chosen = order[:count] + order[middle : middle + count] + order[-count:]
-    pairs = []
-    with torch.inference_mode():
-        for start_row in range(0, len(chosen), count):
-            pixels = collate([data[i] for i in chosen[start_row : start_row + count]]).to(device)
-            pairs.append((pixels, model(pixels, return_loss=False).decoded_pixel_values))
-    save_rows([torch.cat(images) for images in zip(*pairs)], output / "pictures.png", columns=count)
-    print("\n".join(table))
-    print(f"{output / 'results.json'}\n{output / 'results.md'}\n{output / 'pictures.png'}: best, median, worst by PSNR")
+    batch_size = protocol.batch_size or args.batch_size
+    settings = {"protocol": vars(protocol), "image_size": size, "source": source, "networks": hashes}
+    settings |= {"reference_statistics": args.reference_statistics, "batch_size": batch_size}
+    settings |= {"num_processes": state.num_processes}
+    listed = data["image"][:] if Path(args.data or args.real).exists() else data._fingerprint
+    key = hashlib.sha256(json.dumps([settings, str(listed)], sort_keys=True).encode()).hexdigest()
+    images = CroppedImages(data, protocol, size, fakes)
+    evaluation = Evaluation(protocol, networks, codebook_size)
+    workers = args.num_workers if args.num_workers is not None else 8 * (device.type == "cuda")
+    start, started = time.time(), datetime.now(timezone.utc).isoformat(timespec="seconds")
+    progress_file = output / f"progress-{state.process_index}-of-{state.num_processes}.pt"
+    evaluate(evaluation, images, reconstruct, batch_size, workers, device, progress_file, key)
+    if state.is_main_process:
+        metrics, not_computed, warnings = evaluation.compute()
+        seconds = time.time() - start
+        result = {
+            "schema_version": 1,
+            "metrics": metrics | dict.fromkeys(reasons),
+            "not_computed": reasons | not_computed,
+            "warnings": warnings,
+            "num_images": len(evaluation.index),
+            "skipped_images": [error for _, error in evaluation.skipped],
+            **settings,
+            "data": {
+                "name": args.data or args.real,
+                "split": None if Path(args.data or args.real).exists() else args.split,
+                "config": args.dataset_config_name,
+                "pixels_sha256": evaluation.fingerprint(),
+            },
+            "device": str(device),
+            "seed": 0,
+            "versions": library_versions(),
+            "started": started,
+            "seconds": round(seconds, 1),
+            "images_per_second": round(len(evaluation.index) / seconds, 2),
+        }
+        write_results(output, result, evaluation, images, reconstruct, device)
+        if args.update_model_card:
+            update_model_card(Path(args.model_name_or_path) / "README.md", result)
+    state.wait_for_everyone()
+    state.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """The SimVQ paper's own tokenizers, against numbers that the reference itself computed, and the conversion of its
 checkpoints.
 
-fixtures/simvq_gan.safetensors holds what the reference's VQModel computes with tiny networks: how it was recorded is in
-fixtures/record_simvq_gan.py. Checkpoints are made here as Lightning writes them, from the recorded names and shapes.
+fixtures/simvq_gan/reference.safetensors holds what the reference's VQModel computes with tiny networks; the script
+beside it recorded that. Checkpoints are made here as Lightning writes them, from the recorded names and shapes.
 """
 
 import json
@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import tiny_config
-from fixtures.record_simvq_gan import FIXTURE, draw
+from fixtures.simvq_gan.record import FIXTURE, draw
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_loading import ROOT, run
@@ -289,17 +289,13 @@ def test_other_models_are_refused_by_the_training_script(tmp_path):
 
 
 def test_evaluation_script_measures_it(converted, tmp_path, image_folder):
-    script = [
-        str(ROOT / "eval" / "reconstruction.py"),
-        "--model_name_or_path",
-        str(converted),
-        "--output_dir",
-        "results",
-    ]
-    run([*script, "--data", str(image_folder), "--network_metrics"], tmp_path)
+    """Under the reference's protocol, at 128 px."""
+    script = str(ROOT / "eval" / "reconstruction.py")
+    model = ["--model_name_or_path", str(converted), "--output_dir", "results", "--data", str(image_folder)]
+    run([script, *model, "--protocol", "simvq-128", "--network_metrics"], tmp_path)
     result = json.loads((tmp_path / "results" / "results.json").read_text())
-    assert result["settings"]["resample"] == "bilinear, antialiased" and result["settings"]["codebook_size"] == 512
-    assert result["metrics"]["psnr"] > 0 and result["metrics"]["codebook_tokens"] == 12 * 64
+    assert result["source"]["codebook_size"] == 512 and result["num_images"] == 12
+    assert result["metrics"]["psnr"] > 0 and result["metrics"]["codebook_tokens"] == 12 * 32 * 32
 
 
 # What the converter refuses ------------------------------------------------------------------------------------------

@@ -1,90 +1,238 @@
-"""The model card of a run: what was trained, how, and which weights the files hold."""
+"""The model card of a run: what was trained, from what, on what, how, and which weights the files hold. Nothing is in
+it that the run did not do."""
 
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError
 
 from eval.files import write_whole
 
 
-SIMVQ = "[SimVQ](https://huggingface.co/papers/2411.02038)"
+RECIPE = "training_recipe.json"
 
 TEXT = """
 # {name}
 
 A discrete image tokenizer ({method}) for {size} px images: {encoder}, {codes:,} codes of width {width}, and a {decoder}
-decoder.
+decoder. One image of {size} px becomes {tokens} tokens.
 
 ```python
+import torch
+from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
-model = AutoModel.from_pretrained("{name}", trust_remote_code=True).eval()
-processor = AutoImageProcessor.from_pretrained("{name}", trust_remote_code=True)
-```
+model = AutoModel.from_pretrained("{repository}", trust_remote_code=True).eval()
+processor = AutoImageProcessor.from_pretrained("{repository}", trust_remote_code=True)
+pixels = processor(Image.open("image.jpg"), return_tensors="pt").pixel_values
 
+with torch.no_grad():
+    encoded = model.encode(pixels)
+    features = encoded.last_hidden_state  # continuous
+    tokens = encoded.image_tokens  # (1, h, w), integers below {codes}
+    image = processor.postprocess(model.decode(tokens).decoded_pixel_values)[0]  # PIL
+```
+{picture}
 ## Weights
 
 {weights}
 
 ## Training
 
-{steps:,} steps of {batch} images, learning rate {rate:g}, encoder {frozen}{stage}. Held-out images after it:
+{training}
 
-| metric | value |
-| --- | --- |
-{metrics}
+{measured}
+
+## Limits
+
+{limits}
+
+## Licences
+
+{licences}
 """
 
 
-def model_card(name: str, trainer) -> str:
-    """The text of README.md, from what the trainer did and last measured.
+@dataclass
+class Provenance:
+    """Where a model comes from, as far as the Trainer does not know.
+
+    Args:
+        encoder: `--encoder_name_or_path`, if the run began with one.
+        parent: `--model_name_or_path`, if it went on with a model.
+        train_data: name or path of the training images.
+        num_train_images: how many, where that is known.
+        recipe: all options that were given, by name.
+        license: of the resulting weights, as the hub writes it ("apache-2.0"); of the parent, where not given.
+    """
+
+    encoder: str | None = None
+    parent: str | None = None
+    train_data: str | None = None
+    num_train_images: int | None = None
+    recipe: dict = field(default_factory=dict)
+    license: str | None = None
+
+
+def model_card(name: str, trainer, provenance: Provenance) -> ModelCard:
+    """README.md, from what the trainer did and last measured.
 
     Args:
         name: of the model, a folder or a hub repository.
-        trainer: a [`VQRAETrainer`] after training.
+        trainer: a [`VQRAETrainer`], in training or after it.
+        provenance: see [`Provenance`].
     """
-    model, args = trainer.accelerator.unwrap_model(trainer.model), trainer.args
-    config = model.config
-    method, encoder, decoder = SIMVQ, "a convolutional encoder", "convolutional"
+    config = trainer.accelerator.unwrap_model(trainer.model).config
+    parent = _metadata(provenance.parent)
+    encoder_license = (_metadata(provenance.encoder) or {}).get("license")
+    simvq = "[SimVQ](https://huggingface.co/papers/2411.02038)"
     if config.model_type == "vqrae":
         vision = config.encoder_config
-        method, decoder = f"[VQRAE](https://huggingface.co/papers/2511.23386) with {SIMVQ}", "ViT"
         encoder = f"a vision encoder ({vision.model_type}, width {vision.hidden_size})"
-    measured = next((entry for entry in reversed(trainer.state.log_history) if "eval_psnr" in entry), {})
-    names = ("psnr", "ssim", "codebook_utilization", "codebook_perplexity", "codebook_tokens")
-    if trainer.ema:
-        weights = (
-            f"`model.safetensors` holds the moving average of the weights (decay {args.ema_decay:g}), of which the "
-            "numbers below are. `raw_weights.safetensors` holds the trained weights at the last step, of those "
-            "parameters that were trained: `model.load_state_dict(load_file(...), strict=False)`."
-        )
+        method, decoder = f"[VQRAE](https://huggingface.co/papers/2511.23386) with {simvq}", "ViT"
     else:
-        weights = "`model.safetensors` holds the trained weights at the last step; no average was kept."
+        method, encoder, decoder = simvq, "a convolutional encoder", "convolutional"
+    on_hub = [x for x in (provenance.encoder, provenance.parent) if x and not os.path.exists(x)]
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-feature-extraction",
         tags=[config.model_type, "simvq", "image-tokenizer"],
+        license=provenance.license or parent.get("license"),
+        base_model=on_hub[0] if on_hub else parent.get("base_model"),
+        datasets=_named_datasets(provenance, parent),
     )
-    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    pictures = [file for file in trainer.card_files() if file.suffix == ".png"]
+    picture = "\nHeld-out images: originals, reconstructions"
+    picture += " by the trained weights, by their average" if trainer.ema else ""
+    picture += f".\n\n![held-out images]({pictures[0].as_posix()})\n" if pictures else ""
     text = TEXT.format(
-        name=name,
+        name=name.split("/")[-1],
+        repository=name,
         method=method,
         encoder=encoder,
         decoder=decoder,
+        size=config.image_size,
         codes=config.codebook_size,
         width=config.latent_size,
-        size=config.image_size,
-        weights=weights,
-        steps=trainer.state.global_step,
-        batch=batch,
-        rate=args.learning_rate,
-        frozen="frozen" if config.freeze_encoder else "trained",
-        stage=f", distillation weight {args.distillation_weight:g}" if trainer.teacher else "",
-        metrics="\n".join(f"| {x} | {measured['eval_' + x]:.6g} |" for x in names if f"eval_{x}" in measured),
+        tokens=(config.image_size // config.decoder_patch_size) ** 2,
+        picture=picture if pictures else "",
+        weights=_weights(trainer),
+        training=_training(trainer, config, provenance),
+        measured=_measured(trainer.state.log_history),
+        limits=_limits(trainer, config, provenance),
+        licences=_licences(data.license, provenance, encoder_license),
     )
-    return f"---\n{data.to_yaml()}\n---\n{text}"
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
 
 
-def write_card(name: str, trainer, folder: str | Path) -> None:
-    """Writes README.md."""
-    write_whole(Path(folder) / "README.md", lambda file: file.write_text(model_card(name, trainer)))
+def write_card(name: str, trainer, provenance: Provenance, folder: str | Path) -> None:
+    """Writes README.md, and the recipe that it names."""
+    folder = Path(folder)
+    if provenance.recipe:
+        write_whole(folder / RECIPE, lambda file: file.write_text(_recipe(provenance)))
+    card = str(model_card(name, trainer, provenance))
+    write_whole(folder / "README.md", lambda file: file.write_text(card))
+
+
+def _recipe(provenance: Provenance) -> str:
+    secret = ("token", "password")
+    known = {name: x for name, x in provenance.recipe.items() if not any(word in name for word in secret)}
+    return json.dumps(known, indent=2, sort_keys=True) + "\n"
+
+
+def _metadata(name_or_path: str | None) -> dict:
+    """Of a model's card, where there is one to be had."""
+    if name_or_path is None:
+        return {}
+    try:
+        local = Path(name_or_path, "README.md")
+        return ModelCard.load(local if Path(name_or_path).is_dir() else name_or_path).data.to_dict()
+    except (OSError, ValueError, HfHubHTTPError):  # no card, no network
+        return {}
+
+
+def _named_datasets(provenance: Provenance, parent: dict) -> list[str] | None:
+    """Those of the hub; a local folder's name says nothing to others."""
+    own = [provenance.train_data] if provenance.train_data and not os.path.exists(provenance.train_data) else []
+    return sorted({*own, *(parent.get("datasets") or [])}) or None
+
+
+def _weights(trainer) -> str:
+    if not trainer.ema:
+        return "`model.safetensors` holds the trained weights at the last step; no average was kept."
+    return (
+        f"`model.safetensors` holds the moving average of the weights (decay {trainer.args.ema_decay:g}), of which the "
+        "numbers below are. `raw_weights.safetensors` holds the trained weights at the last step, of those parameters "
+        "that were trained: `model.load_state_dict(load_file(...), strict=False)`."
+    )
+
+
+def _training(trainer, config, provenance: Provenance) -> str:
+    args = trainer.args
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    of = f" of {provenance.num_train_images:,} images" if provenance.num_train_images else ""
+    start = "random weights"
+    if provenance.parent:
+        start = f"the tokenizer `{_shown(provenance.parent)}`"
+    elif provenance.encoder:
+        start = f"the encoder `{_shown(provenance.encoder)}`"
+    lines = [
+        f"{trainer.state.global_step:,} steps of {batch} random crops{of}, begun with {start}; learning rate "
+        f"{args.learning_rate:g}, encoder {'frozen' if config.freeze_encoder else 'trained'}, seed {args.seed}."
+    ]
+    weights = {"l1": args.l1_weight, "l2": args.l2_weight, f"LPIPS ({args.lpips_network})": args.lpips_weight}
+    weights |= {"ConvNeXt-S": args.convnext_weight, "codebook": args.vq_weight}
+    weights |= {"distillation": args.distillation_weight if trainer.teacher else 0}
+    weights |= {f"GAN ({args.discriminator})": args.gan_weight}
+    lines.append("Losses: " + ", ".join(f"{name} {weight:g}" for name, weight in weights.items() if weight) + ".")
+    if config.codebook_init_latents:
+        lines.append(f"The codes began as k-means centroids of {config.codebook_init_latents:,} latents.")
+    if provenance.recipe:
+        digest = hashlib.sha256(_recipe(provenance).encode()).hexdigest()
+        lines.append(f"All options: `{RECIPE}` (SHA-256 `{digest}`).")
+    return "\n".join(lines)
+
+
+def _shown(name_or_path: str) -> str:
+    """A hub name as it is, a path by its last part."""
+    return Path(name_or_path).name if os.path.exists(name_or_path) else name_or_path
+
+
+def _measured(history: list[dict]) -> str:
+    lines = []
+    held_out = next((entry for entry in reversed(history) if "eval_psnr" in entry), None)
+    if held_out:
+        names = ("psnr", "ssim", "codebook_utilization", "codebook_perplexity", "codebook_tokens")
+        lines += [f"Held-out images after step {held_out['step']:,}:", "", "| metric | value |", "| --- | ---: |"]
+        lines += [f"| {name} | {held_out['eval_' + name]:.6g} |" for name in names]
+    usage = next((entry for entry in reversed(history) if "codebook_perplexity" in entry), None)
+    if usage:
+        share, perplexity = usage["codebook_utilization"], usage["codebook_perplexity"]
+        of = f"In training, the latest {usage['codebook_tokens']:,} tokens used {share:.1%} of the codes"
+        lines += ["", f"{of} (perplexity {perplexity:,.0f})."]
+    return "\n".join(lines).strip() or "Nothing was measured yet."
+
+
+def _limits(trainer, config, provenance: Provenance) -> str:
+    lines = [
+        "- rFID, LPIPS and the metadata of this card come from `eval/reconstruction.py --update_model_card`, if at all."
+    ]
+    if provenance.num_train_images:
+        lines.append(f"- Trained on {provenance.num_train_images:,} images; on others expect less than on those.")
+    lines.append(f"- Trained at {config.image_size} px. Other sizes work, without having been trained.")
+    lines.append("- One run with one seed.")
+    return "\n".join(lines)
+
+
+def _licences(license: str | None, provenance: Provenance, encoder_license: str | None) -> str:
+    lines = ["- The Python files: Apache-2.0."]
+    lines.append(f"- The weights: {license or 'no licence was given (`--license`)'}.")
+    if provenance.encoder:
+        of = encoder_license or "not stated where this card was written"
+        lines.append(f"- The encoder they began with, `{_shown(provenance.encoder)}`: {of}.")
+    lines.append("- Weights may be bound by the licence of the images they were trained on.")
+    return "\n".join(lines)

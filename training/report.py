@@ -1,10 +1,12 @@
 """The report of a training run: one HTML file with its curves and pictures, to be read without a server."""
 
-import base64
 import html
 from pathlib import Path
 
+from PIL import Image
+
 from eval.files import write_whole
+from eval.pictures import as_html
 
 
 WIDTH, HEIGHT, COLORS = 420, 220, ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#17becf", "#7f7f7f")
@@ -43,10 +45,7 @@ def write_report(log_history: list[dict], output_dir: str | Path) -> Path:
     last = {name: value for entry in log_history for name, value in entry.items() if isinstance(value, (int, float))}
     rows = "".join(f"<tr><td>{html.escape(name)}</td><td>{value:.6g}</td></tr>" for name, value in sorted(last.items()))
     shown = [pictures[i] for i in sorted({0, len(pictures) // 2, len(pictures) - 1})] if pictures else []
-    images = "".join(
-        f'<h3>{picture.stem}</h3><img src="data:image/png;base64,{base64.b64encode(picture.read_bytes()).decode()}">'
-        for picture in shown
-    )
+    images = "".join(f"<h3>{picture.stem}</h3>{as_html(Image.open(picture))}" for picture in shown)
     page = (
         '<!doctype html><meta charset="utf-8"><title>Training report</title><style>body{font-family:sans-serif;'
         "margin:2em}.charts{display:flex;flex-wrap:wrap;gap:1em}img{max-width:100%}td{padding:0 1em 0 0}</style>"

@@ -18,17 +18,22 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
+from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, get_last_checkpoint, rotate_checkpoints
 from transformers.utils import logging
+from transformers.utils.hub import PushInProgress, hf_api
 
-from eval.metrics import CodebookUsage, CodebookWindow, codebook_statistics, pixel_metrics, to_uint8
+from eval.codebook_usage.codebook_usage import codebook_statistics, count_codes
+from eval.metrics import CodebookWindow, to_uint8
 from eval.pictures import save_rows
+from eval.psnr.psnr import psnr_per_image
+from eval.ssim.ssim import ssim_per_image
 from training.adversary import Adversary
 from training.arguments import VQRAETrainingArguments
-from training.card import write_card
+from training.card import RECIPE, Provenance, write_card
 from training.data import TrainTransform
 from training.ema import EMA, load_raw
+from training.hub import export_checkpoint, is_pickle
 from training.losses import ReconstructionLoss, WithGradient, adaptive_weight
 
 
@@ -44,12 +49,14 @@ class EvaluationMetrics:
     Keeps the first images of the pass for a picture."""
 
     def __init__(self, codebook_size: int, num_pictures: int) -> None:
-        # Trainer hands every process the gathered batches: nothing to sum across processes
-        self.pixels = pixel_metrics(sync_on_compute=False)
-        self.usage = CodebookUsage(codebook_size, sync_on_compute=False)
+        self.codebook_size = codebook_size
         self.num_pictures = num_pictures
-        self._pairs = []
+        self._reset()
         self.pictures = None  # originals and reconstructions of the last complete pass
+
+    def _reset(self) -> None:
+        # Trainer hands every process the gathered batches: nothing to sum across processes
+        self._scores, self._counts, self._pairs = {"psnr": [], "ssim": []}, 0, []
 
     def __call__(self, prediction, compute_result: bool = False) -> dict[str, float]:
         reconstructions, tokens = (torch.as_tensor(x).cpu() for x in prediction.predictions)
@@ -57,14 +64,16 @@ class EvaluationMetrics:
         missing = self.num_pictures - sum(len(pair[0]) for pair in self._pairs)
         if missing > 0:
             self._pairs.append((originals[:missing], reconstructions[:missing]))
-        self.pixels.update(to_uint8(reconstructions) / 255, to_uint8(originals) / 255)
-        self.usage.update(tokens)
+        fake, real = to_uint8(reconstructions) / 255, to_uint8(originals) / 255
+        self._scores["psnr"].append(psnr_per_image(fake, real))
+        self._scores["ssim"].append(ssim_per_image(fake, real))
+        self._counts = self._counts + count_codes(tokens, self.codebook_size)
         if not compute_result:
             return {}
-        metrics = {name: value.item() for name, value in self.pixels.compute().items()} | self.usage.compute()
+        metrics = {name: torch.cat(values).mean().item() for name, values in self._scores.items()}
+        metrics |= codebook_statistics(self._counts)
         self.pictures = tuple(torch.cat(images) for images in zip(*self._pairs))
-        self._pairs = []
-        self.pixels.reset(), self.usage.reset()
+        self._reset()
         return metrics
 
 
@@ -111,7 +120,12 @@ class VQRAETrainer(Trainer):
     loss_is_scaled_for_ga = False  # each micro-batch gives its own mean
 
     def __init__(
-        self, model, args: VQRAETrainingArguments, train_transform: TrainTransform | None = None, **kwargs
+        self,
+        model,
+        args: VQRAETrainingArguments,
+        train_transform: TrainTransform | None = None,
+        provenance: Provenance | None = None,
+        **kwargs,
     ) -> None:
         if args.n_gpu > 1:  # transformers would use DataParallel, whose replicas have no parameters
             raise ValueError(
@@ -124,6 +138,7 @@ class VQRAETrainer(Trainer):
             raise ValueError("FSDP and DeepSpeed are not supported: `accelerate launch --multi_gpu` (DDP) is.")
         self.add_callback(SaveModelingCode())
         self.train_transform = train_transform
+        self.provenance = provenance or Provenance()
         if train_transform:
             self.add_callback(EpochOfCrops(train_transform))
         self.reconstruction_loss = self._build_reconstruction_loss().to(args.device)
@@ -334,6 +349,7 @@ class VQRAETrainer(Trainer):
         with self.ema.applied() if self.ema else nullcontext():
             super()._save(output_dir, state_dict)
         if self.args.should_save:
+            Path(output_dir, TRAINING_ARGS_NAME).unlink()  # a pickle that nothing reads; the card's recipe has them
             if self.ema and self.ema.averages is not None:
                 self.ema.save_raw(os.path.join(output_dir, RAW_WEIGHTS))
             if self.adversary:
@@ -360,10 +376,56 @@ class VQRAETrainer(Trainer):
                 raise ValueError(f"{checkpoint} has no {TEACHER_WEIGHTS}: it is not of a run with distillation.")
             self.teacher.encoder.load_state_dict(load_file(path))
 
+    def _push_from_checkpoint(self, checkpoint_folder):
+        """Trainer's, in one commit that can be loaded: weights, code, processor, card, a picture and no pickles; also
+        the state of training, if `hub_strategy` asks for it (`export_checkpoint`)."""
+        strategy = self.args.hub_strategy
+        if not self.is_world_process_zero() or strategy == HubStrategy.END:
+            return
+        if self.push_in_progress is not None and not self.push_in_progress.is_done():
+            if not self.args.hub_always_push:
+                return
+            self.push_in_progress.wait_until_done()
+        output_dir, checkpoint = Path(self.args.output_dir), Path(checkpoint_folder)
+        stage = output_dir / "_push"
+        shutil.rmtree(stage, ignore_errors=True)
+        stage.mkdir()
+        for file in checkpoint.iterdir():
+            if file.is_file() and not is_pickle(file) and file.name not in (TRAINER_STATE_NAME, TEACHER_WEIGHTS):
+                shutil.copy(file, stage)
+        self.create_model_card()
+        for file in ("README.md", *self.card_files()):
+            (stage / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(output_dir / file, stage / file)
+        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            last = strategy == HubStrategy.CHECKPOINT
+            export_checkpoint(checkpoint, stage / ("last-checkpoint" if last else checkpoint.name))
+        job = hf_api().upload_folder(
+            repo_id=self.hub_model_id,
+            folder_path=stage,
+            commit_message=f"Training in progress, step {self.state.global_step}",
+            token=self.args.hub_token,
+            run_as_future=True,
+            revision=self.args.hub_revision,
+        )
+        self.push_in_progress = PushInProgress([job])
+
+    def push_to_hub(self, *args, **kwargs):
+        pushed = super().push_to_hub(*args, **kwargs)
+        shutil.rmtree(Path(self.args.output_dir) / "_push", ignore_errors=True)
+        return pushed
+
     def create_model_card(self, *args, **kwargs):
         """README.md in `output_dir`; Trainer's would speak of fine-tuning and of a dataset called "unknown"."""
         if self.is_world_process_zero():
-            write_card(self.hub_model_id or Path(self.args.output_dir).name, self, self.args.output_dir)
+            output_dir = self.args.output_dir
+            write_card(self.hub_model_id or Path(output_dir).name, self, self.provenance, output_dir)
+
+    def card_files(self) -> list[Path]:
+        """What the card shows or names, relative to `output_dir`: the latest picture, the recipe."""
+        output_dir = Path(self.args.output_dir)
+        files = [*sorted(output_dir.glob("reconstructions/step-*.png"))[-1:], output_dir / RECIPE]
+        return [file.relative_to(output_dir) for file in files if file.exists()]
 
     # Steps -----------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,96 @@
+#!/usr/bin/env python
+"""Puts evaluations side by side.
+
+    python eval/compare.py a/results.json b/results.json [more/results.json ...]
+
+Prints a Markdown table, one column a run, with the difference to the first. Runs under different protocols, or on other
+images, are not compared: their numbers mean different things.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+if __name__ == "__main__":  # not this folder: its `lpips` is not the package of that name
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from eval.results import title  # noqa: E402
+
+
+def differences(first: dict, other: dict) -> list[str]:
+    """What makes two results incomparable, in words."""
+    found = []
+    if first["protocol"] != other["protocol"]:
+        fields = [name for name, value in first["protocol"].items() if value != other["protocol"].get(name)]
+        names = first["protocol"]["name"], other["protocol"]["name"]
+        found.append(f"protocols {names[0]} and {names[1]} differ in {', '.join(fields)}")
+    if first["image_size"] != other["image_size"]:
+        found.append(f"images of {first['image_size']} and {other['image_size']} px")
+    if first["num_images"] != other["num_images"]:
+        found.append(f"{first['num_images']} and {other['num_images']} images")
+    elif first["data"]["pixels_sha256"] != other["data"]["pixels_sha256"]:
+        found.append("the originals are not the same images")
+    if first["reference_statistics"] != other["reference_statistics"]:
+        found.append("rFID against other reference statistics")
+    for name in first["networks"].keys() & other["networks"].keys():
+        if first["networks"][name] != other["networks"][name]:
+            found.append(f"other weights of the network of {name}")
+    return found
+
+
+def table(results: list[dict], names: list[str]) -> str:
+    """A Markdown table of results."""
+    metrics = dict.fromkeys(metric for result in results for metric in result["metrics"])
+    lines = [f"| metric | {' | '.join(names)} |", "| --- |" + " ---: |" * len(names)]
+    for metric in metrics:
+        values = [result["metrics"].get(metric) for result in results]
+        cells = []
+        for value in values:
+            cell = "-" if value is None else f"{value:.5g}"
+            if value is not None and values[0] is not None and len(cells):
+                cell += f" ({value - values[0]:+.3g})"
+            cells.append(cell)
+        lines.append(f"| {title(metric)} | {' | '.join(cells)} |")
+    versions = {f"{name} {result['versions'][name]}" for result in results for name in result["versions"]}
+    differing = sorted(text for text in versions if any(text not in _versions(result) for result in results))
+    notes = [f"- library versions that differ: {', '.join(differing)}"] if differing else []
+    dtypes = [result["source"].get("dtype") for result in results]
+    notes += [f"- dtypes of the models: {', '.join(map(str, dtypes))}"] if len(set(dtypes)) > 1 else []
+    return "\n".join(lines + [""] * bool(notes) + notes)
+
+
+def _versions(result: dict) -> set[str]:
+    return {f"{name} {version}" for name, version in result["versions"].items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", type=Path, help="results.json files of eval/reconstruction.py.")
+    parser.add_argument(
+        "--allow_differences",
+        action="store_true",
+        help="Compare in spite of other protocols, images or reference statistics; what differs is printed.",
+    )
+    args = parser.parse_args()
+    if len(args.results) < 2:
+        parser.error("pass at least two files")
+    results = [json.loads(path.read_text()) for path in args.results]
+    for path, result in zip(args.results, results):
+        if result.get("schema_version") != 1:
+            parser.error(f"{path} is no results.json of schema 1")
+    found = [
+        f"{args.results[0]} and {path}: {text}"
+        for path, result in zip(args.results[1:], results[1:])
+        for text in differences(results[0], result)
+    ]
+    for text in found:
+        print(text, file=sys.stderr)
+    if found and not args.allow_differences:
+        sys.exit("Not compared. --allow_differences does it nevertheless.")
+    print(table(results, [str(path.parent) for path in args.results]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""The pretrained networks of the metrics: loading them, and saying what to do where they cannot be had."""
+
+import hashlib
+import importlib
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.transforms.functional import normalize
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
+
+from eval.evaluation import Networks
+from eval.lpips.lpips import load_lpips
+from eval.protocol import Protocol
+from eval.rfid.rfid import InceptionV3, load_inception_weights, load_statistics
+from modeling_simvq import PIXEL_STATISTICS
+
+
+_HINTS = {
+    "rfid": "pass --inception_weights weights-inception-2015-12-05-6726825d.pth (releases of toshas/torch-fidelity)",
+    "lpips_alex": "put torchvision's alexnet-owt-7be5be79.pth into $TORCH_HOME/hub/checkpoints",
+    "lpips_vgg": "put torchvision's vgg16-397923af.pth into $TORCH_HOME/hub/checkpoints",
+}
+
+
+class VisionFeatures(nn.Module):
+    """Features of whole images by a vision model of transformers, for a Frechet distance: its pooled output (for DINOv2
+    the class token after the last norm, as in dgm-eval, Stein et al. 2023), or the mean of its tokens.
+
+    Args:
+        name_or_path: hub repository or folder; of an image-text model, its vision part.
+    """
+
+    def __init__(self, name_or_path: str) -> None:
+        super().__init__()
+        config = AutoConfig.from_pretrained(name_or_path)
+        config = getattr(config, "vision_config", config)
+        self.network = AutoModel.from_pretrained(name_or_path, config=config, dtype=torch.float32)
+        try:
+            processor = AutoImageProcessor.from_pretrained(name_or_path)
+            self.statistics = processor.image_mean, processor.image_std
+            self.size = (processor.crop_size or processor.size).height or config.image_size
+        except OSError:  # no preprocessor_config.json
+            self.statistics, self.size = PIXEL_STATISTICS[config.model_type], 224
+        self.requires_grad_(False).eval()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W), uint8 -> (B, D)."""
+        pixels = F.interpolate(images / 255, size=(self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
+        output = self.network(normalize(pixels, *self.statistics))
+        pooled = getattr(output, "pooler_output", None)
+        return output.last_hidden_state.mean(1) if pooled is None else pooled
+
+
+def load_object(name: str):
+    """What `module:name` names.
+
+    Raises:
+        ValueError: it is no such name, or the module has none.
+    """
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise ValueError(f"'{name}' must be module:function.")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"'{name}' cannot be imported ({error}): is its folder in PYTHONPATH?") from error
+
+
+def load_networks(
+    protocol: Protocol,
+    device: torch.device,
+    inception_weights: str | None = None,
+    features: list[str] = (),
+    reference_statistics: str | None = None,
+    names: list[str] | None = None,
+) -> tuple[Networks, dict[str, str], dict[str, str]]:
+    """The networks that a protocol asks for, as far as their weights can be had.
+
+    Args:
+        protocol: see [`Protocol`].
+        device: where they run.
+        inception_weights: a local file; `None`: torch.hub's cache, or a download.
+        features: further Frechet distances: vision models of transformers, or `module:function` from (B, 3, H, W) of
+            uint8 to (B, D).
+        reference_statistics: an .npz file with `mu` and `sigma`, in place of the originals in rFID.
+        names: of the protocol's metrics, those that are wanted; `None`: all. `features` come on top.
+
+    Returns:
+        The networks; for those left out, the reason by name; for the others, the SHA-256 of their weights by name.
+    """
+
+    def inception():
+        dtype = getattr(torch, protocol.inception_dtype)
+        return InceptionV3(load_inception_weights(inception_weights), protocol.inception, dtype)
+
+    builders = {f"lpips_{name}": lambda name=name: load_lpips(name) for name in protocol.lpips_networks}
+    if protocol.inception:
+        builders = {"rfid": inception} | builders
+    networks, reasons, hashes = Networks(), {}, {}
+    for name, build in builders.items():
+        if names is not None and name not in names:
+            reasons[name] = "not asked for"
+            continue
+        print(f"Loading the network of {name} (its weights are downloaded if they are not cached).", flush=True)
+        try:
+            network = build().to(device)
+        except (OSError, RuntimeError, ModuleNotFoundError) as error:  # URLError is an OSError
+            reasons[name] = f"weights not available ({error}); {_HINTS[name]}"
+            print(f"{name} is left out: {reasons[name]}", flush=True)
+            continue
+        (networks.frechet if name == "rfid" else networks.lpips)[name] = network
+        hashes[name] = weights_hash(network)
+    if reference_statistics and "rfid" in networks.frechet:
+        networks.reference_statistics["rfid"] = load_statistics(reference_statistics)
+    for feature in features:
+        name = "fd_" + feature.rstrip("/").replace(":", "/").split("/")[-1]
+        network = load_object(feature) if ":" in feature else VisionFeatures(feature).to(device)
+        networks.frechet[name] = network
+        if isinstance(network, nn.Module):
+            hashes[name] = weights_hash(network)
+    return networks, reasons, hashes
+
+
+def weights_hash(module: nn.Module) -> str:
+    """SHA-256 of the names, shapes, types and bytes of a module's weights."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,133 @@
+"""Protocols: everything between image files and numbers that changes the numbers."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms.functional import InterpolationMode, center_crop, resize
+
+from image_processing_simvq import VQRAEImageProcessor
+
+
+FOLDER = Path(__file__).parent / "protocols"
+_CHOICES = {
+    "resize": ("bicubic", "bilinear", "adm"),
+    "transparency": ("white", "dropped"),
+    "rounding": ("nearest", "down", "down from [-1, 1]"),
+    "inception": ("torch-fidelity", "pytorch-fid", None),
+    "inception_dtype": ("float32", "float64"),
+    "lpips_input": ("8 bits", "float"),
+    "psnr": ("per image", "pooled over batches", None),
+    "ssim": ("gaussian", "uniform", None),
+}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How images become numbers; one JSON file of `eval/protocols` each.
+
+    Args:
+        name: of the protocol.
+        source: repository and file it was read from.
+        reference_set: what the originals are in the numbers that were published with it.
+        remarks: what to know of it, such as faults that are reproduced.
+        image_size: side of the square crop in pixels; `None`: that of the model.
+        resize: of the shorter side, by Pillow, before the centre crop. "bicubic" and "bilinear" are antialiased; "adm"
+            halves with a box filter as long as it can, then is bicubic, and rounds otherwise (guided-diffusion).
+        transparency: "white": composited on white; "dropped": the alpha channel is left out.
+        turned_by_exif: whether files are turned as their EXIF says.
+        rounding: to 8 bits. "nearest"; "down" (truncated) for reconstructions; or "down from [-1, 1]", where originals
+            make the same way and lose a level here and there.
+        inception: preprocessing of rFID, see `InceptionV3`; `None`: no rFID.
+        inception_dtype: of that network.
+        lpips_networks: "alex", "vgg", or both.
+        lpips_input: images of 8 bits, or what the model gave, clamped.
+        psnr: "per image": their mean. "pooled over batches": of the error of a whole batch, averaged over batches; SSIM
+            is then averaged over batches, too.
+        psnr_limit: in dB; equal images count as that many. `None`: their PSNR is infinite.
+        ssim: window, see `ssim_per_image`.
+        ms_ssim: MS-SSIM too, from 176 px a side.
+        semantic_agreement: cosine similarity of the encoder's features of original and reconstruction.
+        batch_size: images in a batch, where that changes the numbers; `None`: it does not.
+    """
+
+    name: str
+    source: str
+    reference_set: str
+    remarks: list[str]
+    image_size: int | None
+    resize: str
+    transparency: str
+    turned_by_exif: bool
+    rounding: str
+    inception: str | None
+    inception_dtype: str
+    lpips_networks: list[str]
+    lpips_input: str
+    psnr: str | None
+    psnr_limit: float | None
+    ssim: str | None
+    ms_ssim: bool
+    semantic_agreement: bool
+    batch_size: int | None
+
+    def __post_init__(self):
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"Protocol {self.name}: {name} is '{getattr(self, name)}', not one of {choices}.")
+        if self.psnr == "pooled over batches" and not self.batch_size:
+            raise ValueError(f"Protocol {self.name}: a PSNR pooled over batches needs batch_size.")
+
+    @classmethod
+    def load(cls, name_or_path: str) -> "Protocol":
+        """A named protocol, or one's own JSON file.
+
+        Raises:
+            ValueError: neither; or fields that are missing or unknown.
+        """
+        path = Path(name_or_path) if name_or_path.endswith(".json") else FOLDER / f"{name_or_path}.json"
+        if not path.is_file():
+            raise ValueError(f"No protocol '{name_or_path}': pass one of {', '.join(names())}, or a .json file.")
+        try:
+            return cls(**json.loads(path.read_text()))
+        except TypeError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def crop(self, image: Image.Image, size: int | None) -> np.ndarray:
+        """A PIL image as (size, size, 3), uint8; of its own size where `size` is `None`."""
+        if self.transparency == "white":
+            image = VQRAEImageProcessor.convert_to_rgb(None, image)
+        image = image.convert("RGB")
+        if size is not None:
+            if self.resize == "adm":
+                image = _resized_by_adm(image, size)
+                left, top = (image.width - size) // 2, (image.height - size) // 2
+                image = image.crop((left, top, left + size, top + size))
+            else:
+                image = center_crop(resize(image, size, InterpolationMode[self.resize.upper()]), size)
+        return np.asarray(image)
+
+    def eight_bits(self, originals: torch.Tensor, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Originals, uint8, and reconstructions, nominally in [0, 1], as the metrics on 8 bits see them: both uint8."""
+        if self.rounding == "nearest":
+            return originals, (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
+        if self.rounding == "down":
+            return originals, (pixels.clamp(0, 1) * 255).to(torch.uint8)
+        pair = (originals.double() / 127.5 - 1).float(), (pixels * 2 - 1).clamp(-1, 1)
+        return tuple(((x + 1) / 2 * 255).to(torch.uint8) for x in pair)
+
+
+def names() -> list[str]:
+    """Of the protocols there are."""
+    return sorted(file.stem for file in FOLDER.glob("*.json"))
+
+
+def _resized_by_adm(image: Image.Image, size: int) -> Image.Image:
+    """The resize of guided-diffusion (image_datasets.py, center_crop_arr), which RAE uses."""
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)

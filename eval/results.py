@@ -1,0 +1,216 @@
+"""What an evaluation leaves: JSON, Markdown, a page of HTML, pictures, metadata of a model card."""
+
+import html
+import importlib.metadata
+import json
+import platform
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub import EvalResult, ModelCard
+
+from eval.files import write_whole
+from eval.pictures import as_html, rows_of, save_rows
+
+
+TITLES = {
+    "rfid": "rFID",
+    "lpips_alex": "LPIPS (AlexNet)",
+    "lpips_vgg": "LPIPS (VGG)",
+    "psnr": "PSNR, dB",
+    "ssim": "SSIM",
+    "ms_ssim": "MS-SSIM",
+    "semantic_agreement": "Semantic agreement (cosine)",
+    "feature_cosine": "Cosine to the original features",
+    "codebook_utilization": "Codebook utilization",
+    "codebook_perplexity": "Codebook perplexity",
+    "codebook_entropy": "Codebook entropy, bits",
+    "codebook_tokens": "Tokens",
+}
+PICTURES = 8  # in each row
+
+
+def library_versions() -> dict[str, str]:
+    """Of everything that the numbers may depend on."""
+    names = ("torch", "torchvision", "torchmetrics", "torch-fidelity", "transformers", "datasets", "accelerate")
+    names += ("numpy", "pillow")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
+
+
+def title(metric: str) -> str:
+    """For people: "fd_dinov2-large" becomes "FD-dinov2-large"."""
+    return f"FD-{metric[3:]}" if metric.startswith("fd_") else TITLES.get(metric, metric)
+
+
+def markdown(result: dict) -> str:
+    """The table of a result."""
+    lines = ["| metric | value |", "| --- | ---: |"]
+    order = [name for name in TITLES if name in result["metrics"]]
+    order += [name for name in result["metrics"] if name not in TITLES]
+    for name in order:
+        value = result["metrics"][name]
+        why = result["not_computed"].get(name, "").split(":")[0].split(" (")[0]
+        lines.append(f"| {title(name)} | {why if value is None else f'{value:.6g}'} |")
+    lines.append(f"| images | {result['num_images']} |")
+    notes = [f"Protocol `{result['protocol']['name']}`, {result['image_size'] or 'uncropped'} px."]
+    if result["skipped_images"]:
+        notes.append(f"{len(result['skipped_images'])} images could not be read and were left out.")
+    return "\n".join(lines + ["", *(f"- {note}" for note in notes + result["warnings"])]) + "\n"
+
+
+def write_results(output: Path, result: dict, evaluation, images, reconstruct, device: torch.device) -> None:
+    """Writes everything and prints the table.
+
+    Args:
+        output: folder.
+        result: what goes into results.json.
+        evaluation: joined and computed.
+        images: [`CroppedImages`], for the pictures.
+        reconstruct: as for `evaluate`.
+        device: of the tokenizer.
+    """
+    write_whole(output / "results.json", lambda f: f.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n"))
+    table = markdown(result)
+    write_whole(output / "results.md", lambda f: f.write_text(table))
+    written = ["results.json", "results.md"]
+    if evaluation.counts is not None:
+        write_whole(output / "code_counts.npy", lambda f: _save_array(f, evaluation.counts.numpy()))
+        written.append("code_counts.npy")
+    by = next((name for name in ("lpips_vgg", "lpips_alex", "psnr") if name in evaluation.scores), None)
+    groups = {}
+    if by:
+        for name, places in choose(evaluation.scores[by], best_first=not by.startswith("lpips")).items():
+            rows = _reconstructed([evaluation.index[i] for i in places], images, reconstruct, device)
+            groups[name] = rows, [evaluation.scores[by][i] for i in places]
+        joined = [torch.cat(rows) for rows in zip(*(rows for rows, _ in groups.values()))]
+        save_rows(joined, output / "pictures.png", columns=max(len(scores) for _, scores in groups.values()))
+        written.append(f"pictures.png (best, median, worst by {title(by)}: originals, reconstructions, errors x 4)")
+    write_whole(output / "report.html", lambda f: f.write_text(_page(result, evaluation, groups, by)))
+    written.append("report.html")
+    print(table)
+    for name in written:
+        print(output / name)
+
+
+def _save_array(file: Path, array: np.ndarray) -> None:
+    with file.open("wb") as stream:  # given a name, np.save would add a suffix to it
+        np.save(stream, array)
+
+
+def choose(scores: list[float], best_first: bool) -> dict[str, list[int]]:
+    """Which images to show, by rank: up to `PICTURES` each of the best, the middle and the worst, none of them twice.
+
+    Args:
+        scores: one for each image.
+        best_first: a high score is a good one.
+    """
+    order = sorted(range(len(scores)), key=lambda i: -scores[i] if best_first else scores[i])
+    count = min(PICTURES, max(1, len(order) // 3))
+    middle = (len(order) - count) // 2
+    chosen = {"best": order[:count], "median": order[middle : middle + count], "worst": order[-count:]}
+    return chosen if len(order) >= 3 else {"all": order}
+
+
+def _reconstructed(index: list[int], images, reconstruct, device: torch.device) -> list[torch.Tensor]:
+    """Originals, reconstructions and four times their mean absolute error over colours: (B, 3, H, W) each."""
+    items = [images[i] for i in index]
+    originals = torch.stack([item["original"] for item in items]) / 255
+    if reconstruct is None:
+        fakes = torch.stack([item["reconstruction"] for item in items]) / 255
+    else:
+        with torch.inference_mode():
+            fakes = reconstruct(originals.to(device))[0].float().cpu().clamp(0, 1)
+    errors = (4 * (originals - fakes).abs().mean(1, keepdim=True)).expand_as(originals)
+    return [originals, fakes, errors]
+
+
+def _page(result: dict, evaluation, groups: dict, by: str | None) -> str:
+    """A page that needs no other file."""
+    parts = []
+    for name, (rows, scores) in groups.items():
+        values = ", ".join(f"{score:.4g}" for score in scores)
+        parts.append(
+            f"<h3>{name.capitalize()} by {title(by)}</h3><p><small>{values}</small></p>"
+            + as_html(rows_of(rows, columns=len(scores)))
+        )
+    pictures = "".join(parts) or "<p>No metric to choose images by.</p>"
+    table = "".join(
+        f"<tr><td>{title(name)}</td><td>{'' if value is None else f'{value:.6g}'}</td>"
+        f"<td>{html.escape(result['not_computed'].get(name, ''))}</td></tr>"
+        for name, value in result["metrics"].items()
+    )
+    warnings = "".join(f"<li>{html.escape(text)}</li>" for text in result["warnings"] + result["skipped_images"])
+    codes = ""
+    if evaluation.counts is not None:
+        codes = "<h2>Use of the codes</h2>" + code_chart(evaluation.counts)
+    details = {name: value for name, value in result.items() if name not in ("metrics", "warnings")}
+    return (
+        '<!doctype html><meta charset="utf-8"><title>Reconstruction</title><style>body{font-family:sans-serif;'
+        "margin:2em}img{max-width:100%}td{padding:0 1em 0 0;vertical-align:top}pre{white-space:pre-wrap}</style>"
+        f"<h1>Reconstruction, protocol {html.escape(result['protocol']['name'])}</h1>"
+        f"<table>{table}<tr><td>Images</td><td>{result['num_images']}</td></tr></table><ul>{warnings}</ul>"
+        f"{codes}<h2>Pictures</h2><p>Originals, reconstructions, and four times the absolute error.</p>{pictures}"
+        f"<h2>Everything the numbers depend on</h2><pre>{html.escape(json.dumps(details, indent=2))}</pre>"
+    )
+
+
+def code_chart(counts: torch.Tensor, width: int = 640, height: int = 220) -> str:
+    """An SVG of the share of tokens that each code has, the most frequent code first, on logarithmic axes; the dashed
+    line is where all codes are used alike."""
+    used = counts[counts > 0].double().sort(descending=True).values / counts.sum()
+    ranks = torch.arange(1, len(used) + 1, dtype=torch.float64)
+    points = torch.logspace(0, np.log10(len(used)), 400).long().clamp(1, len(used)).unique() - 1
+    low, high = min(used[-1].item(), 1 / len(counts)), used[0].item()
+    left, bottom, top, right = 70, height - 30, 10, width - 10
+    span_x, span_y = np.log10(max(len(counts), 2)), np.log10(high / low) or 1
+
+    def at(rank: float, share: float) -> str:
+        x = left + np.log10(rank) / span_x * (right - left)
+        return f"{x:.1f},{bottom - np.log10(share / low) / span_y * (bottom - top):.1f}"
+
+    line = " ".join(at(ranks[i].item(), used[i].item()) for i in points.tolist())
+    even = f"{at(1, 1 / len(counts))} {at(len(counts), 1 / len(counts))}"
+    return (
+        f'<svg width="{width}" height="{height}" font-size="11"><path d="M{left} {top}V{bottom}H{right}" fill="none" '
+        f'stroke="#999"/><polyline points="{even}" stroke="#999" stroke-dasharray="4" fill="none"/>'
+        f'<polyline points="{line}" fill="none" stroke="#1f77b4" stroke-width="2"/>'
+        f'<text x="{left - 4}" y="{top + 8}" text-anchor="end">{high:.2g}</text>'
+        f'<text x="{left - 4}" y="{bottom}" text-anchor="end">{low:.2g}</text>'
+        f'<text x="{left}" y="{height - 14}">most frequent code</text><text x="{right}" y="{height - 14}" '
+        f'text-anchor="end">code {len(counts):,}</text><text x="{left}" y="{height - 2}">share of the tokens; '
+        f"{len(used):,} codes in use</text></svg>"
+    )
+
+
+def evaluation_results(result: dict) -> list[EvalResult]:
+    """The numbers of a results.json as entries of a model card's model-index."""
+    data, protocol = result["data"], result["protocol"]["name"]
+    return [
+        EvalResult(
+            task_type="image-to-image",
+            task_name="Image reconstruction",
+            dataset_type=Path(data["name"]).name if data["split"] is None else data["name"],
+            dataset_name=f"{Path(data['name']).name}, {result['num_images']:,} images of {result['image_size']} px",
+            dataset_config=data["config"],
+            dataset_split=data["split"],
+            dataset_args={"pixels_sha256": data["pixels_sha256"]},
+            metric_type=name,
+            metric_name=f"{title(name)}, protocol {protocol}",
+            metric_value=value,
+        )
+        for name, value in result["metrics"].items()
+        if value is not None
+    ]
+
+
+def update_model_card(path: Path, result: dict) -> None:
+    """Puts the numbers into the model-index of a README.md; those it has of the same data and protocol are replaced."""
+    card = ModelCard.load(path)
+    new = evaluation_results(result)
+    old = [
+        entry for entry in card.data.eval_results or [] if not any(entry.is_equal_except_value(other) for other in new)
+    ]
+    card.data.model_name = card.data.model_name or path.resolve().parent.name
+    card.data.eval_results = old + new
+    write_whole(path, lambda file: file.write_text(str(card)))
