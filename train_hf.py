@@ -267,7 +267,7 @@ def main() -> None:
         if checkpoint:
             print(f"Resuming from {checkpoint}; remove it, or choose another --output_dir, to start anew.")
     result = trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # else it pushes, before there is anything to say in the card
     trainer.save_state()
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)

@@ -49,7 +49,7 @@ class LocalHub:
 
     def files(self, repository: str, branch: str = "main") -> dict[str, bytes]:
         """The newest files of a branch."""
-        return dict(self.commits[repository])[self.branches[repository][branch]]
+        return dict(dict(self.commits[repository])[self.branches[repository][branch]])
 
     def history(self, repository: str) -> list[dict[str, bytes]]:
         """The files of each commit but the empty first one."""
@@ -129,7 +129,7 @@ class LocalHub:
                 if repository in hub.commits:
                     return self.answer(409, {"error": "exists", "url": url})
                 hub.commits[repository], hub.branches[repository] = [], {}
-                if wanted.get("private"):
+                if wanted.get("private") or wanted.get("visibility") == "private":
                     hub.private.add(repository)
                 hub._commit(repository, "main", {})
                 self.answer(200, {"url": url, "name": repository})
