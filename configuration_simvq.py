@@ -1,4 +1,5 @@
-"""Configuration of VQRAE: a pretrained vision encoder, a SimVQ quantizer and a ViT decoder."""
+"""Configuration of VQRAE: a pretrained vision encoder, a SimVQ quantizer and a ViT decoder; and its base, what the
+configurations of all image tokenizers here have in common."""
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -13,8 +14,67 @@ def _side(size, what: str) -> int:
     return sides.pop()
 
 
+def validate_at_least_one(config: PreTrainedConfig, *names: str) -> None:
+    """Fields that count something; `None` is not set and passes.
+
+    Raises:
+        ValueError: one of them is below 1.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+
+
 @strict
-class VQRAEConfig(PreTrainedConfig):
+class ImageTokenizerConfig(PreTrainedConfig):
+    """Fields that every image tokenizer has; [`VQRAEConfig`] says what they are. A subclass also has
+    `decoder_patch_size`, the side in pixels of what one token stands for, and `latent_size`, the width of the vectors
+    that are quantized."""
+
+    image_size: int = 256
+    num_channels: int = 3
+    codebook_size: int = 16384
+    commitment_cost: float | int = 0.25
+    legacy: bool = True
+    codebook_init: str = "gaussian"
+    codebook_init_latents: int | None = None
+    freeze_encoder: bool = True
+    image_mean: list[float | int] | tuple[float | int, ...] | None = None
+    image_std: list[float | int] | tuple[float | int, ...] | None = None
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        self.image_mean = [0.5] * self.num_channels if self.image_mean is None else list(self.image_mean)
+        self.image_std = [0.5] * self.num_channels if self.image_std is None else list(self.image_std)
+
+    @property
+    def grid_size(self) -> int:
+        """Tokens along one side of an image of `image_size`."""
+        return self.image_size // self.decoder_patch_size
+
+    def validate_architecture(self):
+        """Checked at construction and before saving."""
+        validate_at_least_one(self, "image_size", "decoder_patch_size", "num_channels", "codebook_size")
+        if not self.commitment_cost >= 0:
+            raise ValueError(f"commitment_cost must not be negative, got {self.commitment_cost}.")
+        if self.codebook_init not in ("gaussian", "kmeans"):
+            raise ValueError(f"codebook_init must be 'gaussian' or 'kmeans', got '{self.codebook_init}'.")
+        for name in ("image_mean", "image_std"):
+            if len(getattr(self, name)) != self.num_channels:
+                raise ValueError(
+                    f"{name} has {len(getattr(self, name))} values for num_channels = {self.num_channels}."
+                )
+        if not all(value > 0 for value in self.image_std):
+            raise ValueError(f"image_std must be positive, got {self.image_std}.")
+        if self.image_size % self.decoder_patch_size:
+            raise ValueError(
+                f"image_size {self.image_size} is not a multiple of its patch size {self.decoder_patch_size}."
+            )
+
+
+@strict
+class VQRAEConfig(ImageTokenizerConfig):
     r"""
     Describes a [`VQRAEModel`]. With no arguments: a SigLIP-base-sized encoder for 256 px (random weights), SimVQ with
     16,384 codes of the encoder's width, and a decoder that mirrors the encoder.
@@ -94,17 +154,9 @@ class VQRAEConfig(PreTrainedConfig):
 
     encoder_config: dict | PreTrainedConfig | None = None
     encoder_input_size: int | None = None
-    image_size: int = 256
     decoder_patch_size: int = 16
-    num_channels: int = 3
-    codebook_size: int = 16384
     codebook_dim: int | None = None
-    commitment_cost: float | int = 0.25
-    legacy: bool = True
     use_simvq: bool = True
-    codebook_init: str = "gaussian"
-    codebook_init_latents: int | None = None
-    freeze_encoder: bool = True
     decoder_hidden_size: int | None = None
     decoder_num_hidden_layers: int | None = None
     decoder_num_attention_heads: int | None = None
@@ -112,8 +164,6 @@ class VQRAEConfig(PreTrainedConfig):
     decoder_layer_norm_eps: float | int = 1e-6
     decoder_learned_positions: bool = False
     noise_tau: float | int = 0.0
-    image_mean: list[float | int] | tuple[float | int, ...] | None = None
-    image_std: list[float | int] | tuple[float | int, ...] | None = None
     initializer_range: float | int = 0.02
 
     def __post_init__(self, **kwargs):
@@ -136,8 +186,6 @@ class VQRAEConfig(PreTrainedConfig):
         if self.decoder_intermediate_size is None:
             mlp_ratio = getattr(encoder, "mlp_ratio", 4)
             self.decoder_intermediate_size = getattr(encoder, "intermediate_size", int(encoder.hidden_size * mlp_ratio))
-        self.image_mean = [0.5] * self.num_channels if self.image_mean is None else list(self.image_mean)
-        self.image_std = [0.5] * self.num_channels if self.image_std is None else list(self.image_std)
         # `@strict` runs every validate_* by itself, but wraps what it raises; called here, it is a plain ValueError
         self.validate_architecture()
 
@@ -147,37 +195,24 @@ class VQRAEConfig(PreTrainedConfig):
         return _side(self.encoder_config.patch_size, "encoder_config.patch_size")
 
     @property
-    def grid_size(self) -> int:
-        """Tokens along one side of an image of `image_size`."""
-        return self.image_size // self.decoder_patch_size
-
-    @property
     def latent_size(self) -> int:
         """Width of the vectors that are quantized."""
         return self.codebook_dim or self.encoder_config.hidden_size
 
     def validate_architecture(self):
-        """Checked at construction and before saving."""
-        for name in (
+        validate_at_least_one(
+            self,
             "encoder_input_size",
-            "image_size",
-            "decoder_patch_size",
-            "num_channels",
-            "codebook_size",
             "codebook_dim",
             "decoder_hidden_size",
             "decoder_num_hidden_layers",
             "decoder_num_attention_heads",
             "decoder_intermediate_size",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
-        for name in ("commitment_cost", "decoder_layer_norm_eps", "noise_tau", "initializer_range"):
+        )
+        super().validate_architecture()
+        for name in ("decoder_layer_norm_eps", "noise_tau", "initializer_range"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
-        if self.codebook_init not in ("gaussian", "kmeans"):
-            raise ValueError(f"codebook_init must be 'gaussian' or 'kmeans', got '{self.codebook_init}'.")
         if self.codebook_init == "kmeans" and not self.use_simvq:
             raise ValueError("codebook_init='kmeans' needs use_simvq=True.")
         if self.decoder_hidden_size % self.decoder_num_attention_heads:
@@ -192,19 +227,11 @@ class VQRAEConfig(PreTrainedConfig):
         encoder_channels = getattr(self.encoder_config, "num_channels", self.num_channels)
         if encoder_channels != self.num_channels:
             raise ValueError(f"num_channels is {self.num_channels}, but the encoder takes {encoder_channels} channels.")
-        for name in ("image_mean", "image_std"):
-            if len(getattr(self, name)) != self.num_channels:
-                raise ValueError(
-                    f"{name} has {len(getattr(self, name))} values for num_channels = {self.num_channels}."
-                )
-        if not all(value > 0 for value in self.image_std):
-            raise ValueError(f"image_std must be positive, got {self.image_std}.")
-        for name, patch in (
-            ("encoder_input_size", self.encoder_patch_size),
-            ("image_size", self.decoder_patch_size),
-        ):
-            if getattr(self, name) % patch:
-                raise ValueError(f"{name} {getattr(self, name)} is not a multiple of its patch size {patch}.")
+        if self.encoder_input_size % self.encoder_patch_size:
+            raise ValueError(
+                f"encoder_input_size {self.encoder_input_size} is not a multiple of its patch size "
+                f"{self.encoder_patch_size}."
+            )
         encoder_grid = self.encoder_input_size // self.encoder_patch_size
         if encoder_grid != self.grid_size:
             raise ValueError(

@@ -564,9 +564,11 @@ class VQRAEDecoder(nn.Module):
 
     def __init__(self, config: VQRAEConfig) -> None:
         super().__init__()
+        self.in_features = config.encoder_config.hidden_size
+        self.noise_tau = config.noise_tau
         self.patch_size = config.decoder_patch_size
         self.num_channels = config.num_channels
-        self.decoder_embed = nn.Linear(config.encoder_config.hidden_size, config.decoder_hidden_size)
+        self.decoder_embed = nn.Linear(self.in_features, config.decoder_hidden_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.decoder_hidden_size))
         self.position_offsets = None
         if config.decoder_learned_positions:
@@ -582,6 +584,9 @@ class VQRAEDecoder(nn.Module):
     def forward(self, latents: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """(B, h * w, encoder width) and the grid (h, w) -> (B, channels, h * patch, w * patch), normalised."""
         height, width = grid
+        if self.training and self.noise_tau > 0:  # RAE, section 3: a random strength for each image
+            sigma = self.noise_tau * torch.rand(len(latents), 1, 1, device=latents.device, dtype=latents.dtype)
+            latents = latents + sigma * torch.randn_like(latents)
         hidden_states = self.decoder_embed(latents)
         positions = sincos_positions(height, width, hidden_states.shape[-1], hidden_states.device)
         if self.position_offsets is not None:
@@ -611,7 +616,7 @@ class VQRAEEncoderOutput(ModelOutput):
     """
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(B, h * w, encoder width)`):
-            Continuous patch features: zero mean and unit variance per token, not quantized.
+            Continuous features, not quantized; those of VQRAE have zero mean and unit variance per token.
         quantized_last_hidden_state (`torch.FloatTensor` of shape `(B, h * w, encoder width)`):
             The codes of the image tokens, as the decoder takes them.
         image_tokens (`torch.LongTensor` of shape `(B, h, w)`):
@@ -664,6 +669,246 @@ class VQRAEOutput(ModelOutput):
     quantized_last_hidden_state: torch.FloatTensor | None = None
 
 
+class ImageTokenizer(PreTrainedModel):
+    """What image tokenizers have in common: images to tokens and back, an encoder that may be frozen, the codebook's
+    start.
+
+    A subclass has an [`ImageTokenizerConfig`] and the modules `encoder`, `project_in`, `quantizer`, `project_out` and
+    `decoder`; the decoder takes latents (B, h * w, `decoder.in_features`) and a grid (h, w), and gives normalised
+    pixels. It defines `_image_features` and `last_layer`, and calls `post_init` and `_set_encoder_trainable` once it is
+    built.
+    """
+
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False
+    # bf16 codes would be other codes
+    _keep_in_fp32_modules_strict = ["quantizer"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if module in (self.quantizer.embedding, getattr(self.quantizer, "embedding_proj", None)):
+            self.quantizer.reset_parameters()
+        else:
+            super()._init_weights(module)
+
+    def _set_encoder_trainable(self) -> None:
+        self.encoder.requires_grad_(not self.config.freeze_encoder)
+        self.train(self.training)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if self.config.freeze_encoder:
+            self.encoder.eval()
+        return self
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """`PreTrainedModel.from_pretrained`, after which a frozen encoder is frozen (it returns every parameter
+        trainable)."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model._set_encoder_trainable()
+        return loaded
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The weight of the decoder's last layer, at which VQGAN compares gradients for the adaptive weight."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def initialize_codebook(
+        self,
+        batches: Iterable[torch.Tensor | dict[str, torch.Tensor]],
+        latents_per_code: int = 32,
+        iterations: int = 8,
+        seed: int = 0,
+    ) -> None:
+        """Fits the codes to the latents of images, see [`SimVQ.fit`]; on frozen features a Gaussian codebook collapses.
+
+        One pass over `batches`, of which a uniform sample of `latents_per_code * codebook_size` latents is kept, 2 GiB
+        of them at most. With several processes each passes batches of its own, all use the sample of all, and the first
+        one's result is every one's. Sets `config.codebook_init` and `config.codebook_init_latents`.
+
+        Args:
+            batches: pixels (B, channels, height, width) in [0, 1], or dicts that hold them as `pixel_values`.
+            latents_per_code: size of the sample for each code.
+            iterations: of k-means.
+            seed: of the sample and of k-means; the same seed and batches give the same codebook.
+
+        Raises:
+            ValueError: a plain codebook; fewer latents than codes; latents that are not finite.
+        """
+        if not isinstance(self.quantizer, SimVQ):
+            raise ValueError("initialize_codebook needs use_simvq=True.")
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        num_processes = torch.distributed.get_world_size() if distributed else 1
+        rank = torch.distributed.get_rank() if distributed else 0
+        dim, device = self.quantizer.embedding_dim, self.quantizer.embedding.weight.device
+        size = math.ceil(min(latents_per_code * self.config.codebook_size, 2**31 // (4 * dim)) / num_processes)
+        sample, seen = torch.empty(size, dim, device=device), 0
+        generator = torch.Generator().manual_seed(seed * num_processes + rank)
+        was_training = self.training
+        self.eval()
+        for batch in batches:
+            pixels = batch if isinstance(batch, torch.Tensor) else batch["pixel_values"]
+            latents = self.project_in(self.get_image_features(pixels.to(device))).flatten(0, 1).float()
+            # reservoir sampling (Vitter 1985, algorithm R): the i-th latent takes a random place of i, if it exists
+            position = torch.arange(seen, seen + len(latents))
+            place = torch.where(
+                position < size, position, (torch.rand(len(latents), generator=generator) * (position + 1)).long()
+            )
+            kept = (place < size).nonzero().squeeze(1)
+            # of several for one place the last one stays
+            last = dict(zip(place[kept].tolist(), kept.tolist()))
+            sample[list(last)] = latents[list(last.values())]
+            seen += len(latents)
+        self.train(was_training)
+        sample = sample[:seen]
+        if distributed:
+            samples = [None] * num_processes
+            torch.distributed.all_gather_object(samples, sample.cpu())
+            sample = torch.cat(samples).to(device)
+        self.quantizer.fit(sample, iterations, seed)
+        if distributed:
+            for tensor in self.quantizer.state_dict().values():
+                torch.distributed.broadcast(tensor, 0)
+        self.config.codebook_init, self.config.codebook_init_latents = "kmeans", len(sample)
+
+    def _grid(self, pixel_values: torch.Tensor) -> tuple[int, int]:
+        """Checks pixels; the grid (h, w) of their tokens."""
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
+            raise ValueError(
+                f"pixel_values must be (B, {self.config.num_channels}, height, width), got {tuple(pixel_values.shape)}."
+            )
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel_values must be floating point in [0, 1], got {pixel_values.dtype}: use the image processor, or "
+                "divide by 255."
+            )
+        patch = self.config.decoder_patch_size
+        height, width = pixel_values.shape[2:]
+        if height % patch or width % patch or not pixel_values.numel():
+            raise ValueError(
+                f"pixel_values are {height} x {width} px ({len(pixel_values)} images): both sides must be positive "
+                f"multiples of decoder_patch_size {patch}."
+            )
+        if not torch.compiler.is_compiling():
+            low, high = pixel_values.detach().aminmax()
+            if low < -0.5 or high > 1.5:  # what a resize with overshoot gives is fine
+                raise ValueError(
+                    f"pixel_values must be in [0, 1], got {low.item():.3g} to {high.item():.3g}. They are normalised "
+                    "inside the model: use its image processor, which does not."
+                )
+        return self._grid_of(pixel_values)
+
+    def _image_features(self, pixel_values: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """Checked pixels in [0, 1] and their grid -> (B, h * w, width)."""
+        raise NotImplementedError
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Continuous features, for understanding: (B, channels, H, W) in [0, 1] -> (B, h * w, width), row by row."""
+        grid = self._grid(pixel_values)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_encoder):
+            return self._image_features(pixel_values, grid)
+
+    def _normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        return (pixels - self._channels(self.config.image_mean, pixels)) / self._channels(self.config.image_std, pixels)
+
+    @staticmethod
+    def _channels(values: list[float], like: torch.Tensor) -> torch.Tensor:
+        return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
+
+    def encode(self, pixel_values: torch.Tensor) -> VQRAEEncoderOutput:
+        """Images to tokens.
+
+        Args:
+            pixel_values: (B, channels, height, width), floating point in [0, 1]; the sides are multiples of
+                `decoder_patch_size`.
+
+        Raises:
+            ValueError: another shape, dtype or range; or, in eval mode, features that are not finite.
+        """
+        features = self.get_image_features(pixel_values)
+        quantized, embedding_loss, tokens = self.quantizer(self.project_in(features))
+        return VQRAEEncoderOutput(
+            last_hidden_state=features,
+            quantized_last_hidden_state=self.project_out(quantized),
+            image_tokens=tokens.view(len(tokens), *self._grid_of(pixel_values)),
+            embedding_loss=embedding_loss,
+        )
+
+    def _grid_of(self, pixel_values: torch.Tensor) -> tuple[int, int]:
+        patch = self.config.decoder_patch_size
+        return pixel_values.shape[2] // patch, pixel_values.shape[3] // patch
+
+    def decode(self, image_tokens: torch.Tensor) -> VQRAEDecoderOutput:
+        """Tokens to images.
+
+        Args:
+            image_tokens: (B, h, w), integers in [0, codebook_size).
+
+        Raises:
+            ValueError: another shape, or an index outside the codebook.
+        """
+        if image_tokens.ndim != 3 or not image_tokens.numel():
+            raise ValueError(
+                f"image_tokens must be (B, h, w), got {tuple(image_tokens.shape)}: view a flat sequence of h * w "
+                "tokens as its grid first."
+            )
+        codes = self.quantizer.get_codebook_entry(image_tokens.flatten(1)).to(self.dtype)
+        return self.decode_latents(self.project_out(codes), grid=tuple(image_tokens.shape[1:]))
+
+    def decode_latents(
+        self, quantized_last_hidden_state: torch.Tensor, grid: tuple[int, int] | None = None
+    ) -> VQRAEDecoderOutput:
+        """Latents to images; continuous features work too (an RAE).
+
+        Args:
+            quantized_last_hidden_state: (B, h * w, width).
+            grid: (h, w); not needed for a square one.
+
+        Raises:
+            ValueError: another shape, or a number of tokens that does not fit the grid.
+        """
+        latents, width = quantized_last_hidden_state, self.decoder.in_features
+        if latents.ndim != 3 or latents.shape[-1] != width:
+            raise ValueError(f"Latents must be (B, h * w, {width}), got {tuple(latents.shape)}.")
+        if grid is None:
+            grid = (math.isqrt(latents.shape[1]),) * 2
+        if grid[0] * grid[1] != latents.shape[1]:
+            raise ValueError(f"{latents.shape[1]} latents do not fill a grid of {grid[0]} x {grid[1]}: pass grid.")
+        pixels = self.decoder(latents, grid).float()  # near 1, bf16 has steps of 1/256
+        return VQRAEDecoderOutput(
+            decoded_pixel_values=pixels * self._channels(self.config.image_std, pixels)
+            + self._channels(self.config.image_mean, pixels)
+        )
+
+    def get_image_tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) in [0, 1] -> (B, h, w) int64; `encode(...).image_tokens`."""
+        return self.encode(pixel_values).image_tokens
+
+    def decode_image_tokens(self, image_tokens: torch.Tensor) -> torch.Tensor:
+        """(B, h, w) -> (B, 3, H, W), float32; `decode(...).decoded_pixel_values`."""
+        return self.decode(image_tokens).decoded_pixel_values
+
+    def forward(self, pixel_values: torch.Tensor, return_loss: bool | None = None) -> VQRAEOutput:
+        """Encodes and decodes.
+
+        Args:
+            pixel_values: as in `encode`.
+            return_loss: `False` leaves `loss` and `reconstruction_loss` out, for those who compute their own.
+        """
+        encoded = self.encode(pixel_values)
+        decoded = self.decode_latents(encoded.quantized_last_hidden_state, self._grid_of(pixel_values))
+        loss = reconstruction_loss = None
+        if return_loss is not False:
+            reconstruction_loss = F.mse_loss(decoded.decoded_pixel_values, pixel_values.float())
+            loss = reconstruction_loss + encoded.embedding_loss
+        return VQRAEOutput(loss=loss, reconstruction_loss=reconstruction_loss, **decoded, **encoded)
+
+
 # How each family was trained, for checkpoints that come without a preprocessor_config.json.
 _IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 _HALF = ([0.5, 0.5, 0.5], [0.5, 0.5, 0.5])
@@ -679,7 +924,7 @@ PIXEL_STATISTICS = {
 }
 
 
-class VQRAEModel(PreTrainedModel):
+class VQRAEModel(ImageTokenizer):
     """A discrete image tokenizer on a vision encoder (VQRAE, arXiv 2511.23386), see [`VQRAEConfig`].
 
     `VQRAEModel(config)` has random weights everywhere; `from_encoder_pretrained` starts from a pretrained encoder, and
@@ -688,17 +933,11 @@ class VQRAEModel(PreTrainedModel):
 
     config_class = VQRAEConfig
     base_model_prefix = "vqrae"
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    supports_gradient_checkpointing = True
-    accepts_loss_kwargs = False
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _no_split_modules = ["VQRAEDecoderLayer"]
-    # bf16 codes would be other codes
-    _keep_in_fp32_modules_strict = ["quantizer"]
 
     def __init__(self, config: VQRAEConfig) -> None:
         super().__init__(config)
@@ -736,9 +975,7 @@ class VQRAEModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # called for the modules that own tensors, not for containers (and for the encoder's by the encoder)
-        if module is self.quantizer.embedding or (self.config.use_simvq and module is self.quantizer.embedding_proj):
-            self.quantizer.reset_parameters()
-        elif module in (self.project_in, self.project_out):  # keeps the scale of the features; our choice
+        if module in (self.project_in, self.project_out):  # keeps the scale of the features; our choice
             init.normal_(module.weight, std=module.in_features**-0.5)
             init.zeros_(module.bias)
         elif isinstance(module, VQRAEDecoder):
@@ -749,26 +986,14 @@ class VQRAEModel(PreTrainedModel):
             super()._init_weights(module)
 
     def _set_encoder_trainable(self) -> None:
-        self.encoder.requires_grad_(not self.config.freeze_encoder)
+        super()._set_encoder_trainable()
         for name, parameter in self.encoder.named_parameters():
             if name.endswith("mask_token"):  # nothing is ever masked here
                 parameter.requires_grad_(False)
-        self.train(self.training)
 
-    def train(self, mode: bool = True):
-        super().train(mode)
-        if self.config.freeze_encoder:
-            self.encoder.eval()
-        return self
-
-    @classmethod
-    def from_pretrained(cls, *args, **kwargs):
-        """`PreTrainedModel.from_pretrained`, after which a frozen encoder is frozen (it returns every parameter
-        trainable)."""
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model._set_encoder_trainable()
-        return loaded
+    @property
+    def last_layer(self) -> nn.Parameter:
+        return self.decoder.decoder_pred.weight
 
     @classmethod
     def from_encoder_pretrained(cls, pretrained_model_name_or_path: str, hub_kwargs: dict | None = None, **config):
@@ -830,213 +1055,28 @@ class VQRAEModel(PreTrainedModel):
         model.encoder.load_state_dict({name: weights[name] for name in own})
         return model
 
-    @torch.no_grad()
-    def initialize_codebook(
-        self,
-        batches: Iterable[torch.Tensor | dict[str, torch.Tensor]],
-        latents_per_code: int = 32,
-        iterations: int = 8,
-        seed: int = 0,
-    ) -> None:
-        """Fits the codes to the latents of images, see [`SimVQ.fit`]; on frozen features a Gaussian codebook collapses.
-
-        One pass over `batches`, of which a uniform sample of `latents_per_code * codebook_size` latents is kept, 2 GiB
-        of them at most. With several processes each passes batches of its own, all use the sample of all, and the first
-        one's result is every one's. Sets `config.codebook_init` and `config.codebook_init_latents`.
-
-        Args:
-            batches: pixels (B, channels, height, width) in [0, 1], or dicts that hold them as `pixel_values`.
-            latents_per_code: size of the sample for each code.
-            iterations: of k-means.
-            seed: of the sample and of k-means; the same seed and batches give the same codebook.
-
-        Raises:
-            ValueError: a plain codebook; fewer latents than codes; latents that are not finite.
-        """
-        if not self.config.use_simvq:
-            raise ValueError("initialize_codebook needs use_simvq=True.")
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        num_processes = torch.distributed.get_world_size() if distributed else 1
-        rank = torch.distributed.get_rank() if distributed else 0
-        dim, device = self.config.latent_size, self.quantizer.embedding.weight.device
-        size = math.ceil(min(latents_per_code * self.config.codebook_size, 2**31 // (4 * dim)) / num_processes)
-        sample, seen = torch.empty(size, dim, device=device), 0
-        generator = torch.Generator().manual_seed(seed * num_processes + rank)
-        was_training = self.training
-        self.eval()
-        for batch in batches:
-            pixels = batch if isinstance(batch, torch.Tensor) else batch["pixel_values"]
-            latents = self.project_in(self.get_image_features(pixels.to(device))).flatten(0, 1).float()
-            # reservoir sampling (Vitter 1985, algorithm R): the i-th latent takes a random place of i, if it exists
-            position = torch.arange(seen, seen + len(latents))
-            place = torch.where(
-                position < size, position, (torch.rand(len(latents), generator=generator) * (position + 1)).long()
-            )
-            kept = (place < size).nonzero().squeeze(1)
-            # of several for one place the last one stays
-            last = dict(zip(place[kept].tolist(), kept.tolist()))
-            sample[list(last)] = latents[list(last.values())]
-            seen += len(latents)
-        self.train(was_training)
-        sample = sample[:seen]
-        if distributed:
-            samples = [None] * num_processes
-            torch.distributed.all_gather_object(samples, sample.cpu())
-            sample = torch.cat(samples).to(device)
-        self.quantizer.fit(sample, iterations, seed)
-        if distributed:
-            for tensor in self.quantizer.state_dict().values():
-                torch.distributed.broadcast(tensor, 0)
-        self.config.codebook_init, self.config.codebook_init_latents = "kmeans", len(sample)
-
-    def _grid(self, pixel_values: torch.Tensor) -> tuple[int, int]:
-        """Checks pixels; the grid (h, w) of their tokens."""
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
-            raise ValueError(
-                f"pixel_values must be (B, {self.config.num_channels}, height, width), got {tuple(pixel_values.shape)}."
-            )
-        if not pixel_values.is_floating_point():
-            raise ValueError(
-                f"pixel_values must be floating point in [0, 1], got {pixel_values.dtype}: use the image processor, or "
-                "divide by 255."
-            )
-        patch = self.config.decoder_patch_size
-        height, width = pixel_values.shape[2:]
-        if height % patch or width % patch or not pixel_values.numel():
-            raise ValueError(
-                f"pixel_values are {height} x {width} px ({len(pixel_values)} images): both sides must be positive "
-                f"multiples of decoder_patch_size {patch}."
-            )
-        if not torch.compiler.is_compiling():
-            low, high = pixel_values.detach().aminmax()
-            if low < -0.5 or high > 1.5:  # what a resize with overshoot gives is fine
-                raise ValueError(
-                    f"pixel_values must be in [0, 1], got {low.item():.3g} to {high.item():.3g}. They are normalised "
-                    "inside the model: use its image processor, which does not."
-                )
-        return self._grid_of(pixel_values)
-
-    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Continuous patch features for understanding: (B, 3, H, W) in [0, 1] -> (B, h * w, encoder width)."""
-        height, width = self._grid(pixel_values)
+    def _image_features(self, pixel_values: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        height, width = grid
         patch = self.config.encoder_patch_size
         kwargs = {"interpolate_pos_encoding": True} if self._interpolates else {}
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_encoder):
-            if patch != self.config.decoder_patch_size:  # as RAE does: bicubic, no antialias
-                pixel_values = F.interpolate(
-                    pixel_values, size=(height * patch, width * patch), mode="bicubic", align_corners=False
-                )
-            pixel_values = (pixel_values - self._channels(self.config.image_mean, pixel_values)) / self._channels(
-                self.config.image_std, pixel_values
+        if patch != self.config.decoder_patch_size:  # as RAE does: bicubic, no antialias
+            pixel_values = F.interpolate(
+                pixel_values, size=(height * patch, width * patch), mode="bicubic", align_corners=False
             )
-            if self.encoder.config.model_type == "vit_mae":  # ascending noise: patches stay in their order
-                noise = torch.arange(height * width, device=pixel_values.device, dtype=torch.float32)
-                kwargs["noise"] = noise.expand(len(pixel_values), -1)
-            hidden_states = self.encoder(pixel_values.to(self.encoder.dtype), **kwargs).last_hidden_state
-            if hidden_states.shape[1] < height * width:
-                raise ValueError(
-                    f"The encoder '{self.encoder.config.model_type}' gives {hidden_states.shape[1]} tokens for a grid "
-                    f"of {height} x {width}: it does not give one token per patch."
-                )
-            # prefix tokens (cls, registers) come first
-            return self.encoder_norm(hidden_states[:, -height * width :])
-
-    @staticmethod
-    def _channels(values: list[float], like: torch.Tensor) -> torch.Tensor:
-        return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
-
-    def encode(self, pixel_values: torch.Tensor) -> VQRAEEncoderOutput:
-        """Images to tokens.
-
-        Args:
-            pixel_values: (B, channels, height, width), floating point in [0, 1]; the sides are multiples of
-                `decoder_patch_size`.
-
-        Raises:
-            ValueError: another shape, dtype or range; or, in eval mode, features that are not finite.
-        """
-        features = self.get_image_features(pixel_values)
-        quantized, embedding_loss, tokens = self.quantizer(self.project_in(features))
-        return VQRAEEncoderOutput(
-            last_hidden_state=features,
-            quantized_last_hidden_state=self.project_out(quantized),
-            image_tokens=tokens.view(len(tokens), *self._grid_of(pixel_values)),
-            embedding_loss=embedding_loss,
-        )
-
-    def _grid_of(self, pixel_values: torch.Tensor) -> tuple[int, int]:
-        patch = self.config.decoder_patch_size
-        return pixel_values.shape[2] // patch, pixel_values.shape[3] // patch
-
-    def decode(self, image_tokens: torch.Tensor) -> VQRAEDecoderOutput:
-        """Tokens to images.
-
-        Args:
-            image_tokens: (B, h, w), integers in [0, codebook_size).
-
-        Raises:
-            ValueError: another shape, or an index outside the codebook.
-        """
-        if image_tokens.ndim != 3 or not image_tokens.numel():
+        pixel_values = self._normalize(pixel_values)
+        if self.encoder.config.model_type == "vit_mae":  # ascending noise: patches stay in their order
+            noise = torch.arange(height * width, device=pixel_values.device, dtype=torch.float32)
+            kwargs["noise"] = noise.expand(len(pixel_values), -1)
+        hidden_states = self.encoder(pixel_values.to(self.encoder.dtype), **kwargs).last_hidden_state
+        if hidden_states.shape[1] < height * width:
             raise ValueError(
-                f"image_tokens must be (B, h, w), got {tuple(image_tokens.shape)}: view a flat sequence of h * w "
-                "tokens as its grid first."
+                f"The encoder '{self.encoder.config.model_type}' gives {hidden_states.shape[1]} tokens for a grid "
+                f"of {height} x {width}: it does not give one token per patch."
             )
-        codes = self.quantizer.get_codebook_entry(image_tokens.flatten(1)).to(self.dtype)
-        return self.decode_latents(self.project_out(codes), grid=tuple(image_tokens.shape[1:]))
-
-    def decode_latents(
-        self, quantized_last_hidden_state: torch.Tensor, grid: tuple[int, int] | None = None
-    ) -> VQRAEDecoderOutput:
-        """Latents to images; continuous features work too (an RAE).
-
-        Args:
-            quantized_last_hidden_state: (B, h * w, encoder width).
-            grid: (h, w); not needed for a square one.
-
-        Raises:
-            ValueError: another shape, or a number of tokens that does not fit the grid.
-        """
-        latents, width = quantized_last_hidden_state, self.config.encoder_config.hidden_size
-        if latents.ndim != 3 or latents.shape[-1] != width:
-            raise ValueError(f"Latents must be (B, h * w, {width}), got {tuple(latents.shape)}.")
-        if grid is None:
-            grid = (math.isqrt(latents.shape[1]),) * 2
-        if grid[0] * grid[1] != latents.shape[1]:
-            raise ValueError(f"{latents.shape[1]} latents do not fill a grid of {grid[0]} x {grid[1]}: pass grid.")
-        if self.training and self.config.noise_tau > 0:  # RAE, section 3: a random strength for each image
-            sigma = self.config.noise_tau * torch.rand(len(latents), 1, 1, device=latents.device, dtype=latents.dtype)
-            latents = latents + sigma * torch.randn_like(latents)
-        pixels = self.decoder(latents, grid).float()  # near 1, bf16 has steps of 1/256
-        return VQRAEDecoderOutput(
-            decoded_pixel_values=pixels * self._channels(self.config.image_std, pixels)
-            + self._channels(self.config.image_mean, pixels)
-        )
-
-    def get_image_tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) in [0, 1] -> (B, h, w) int64; `encode(...).image_tokens`."""
-        return self.encode(pixel_values).image_tokens
-
-    def decode_image_tokens(self, image_tokens: torch.Tensor) -> torch.Tensor:
-        """(B, h, w) -> (B, 3, H, W), float32; `decode(...).decoded_pixel_values`."""
-        return self.decode(image_tokens).decoded_pixel_values
-
-    def forward(self, pixel_values: torch.Tensor, return_loss: bool | None = None) -> VQRAEOutput:
-        """Encodes and decodes.
-
-        Args:
-            pixel_values: as in `encode`.
-            return_loss: `False` leaves `loss` and `reconstruction_loss` out, for those who compute their own.
-        """
-        encoded = self.encode(pixel_values)
-        decoded = self.decode_latents(encoded.quantized_last_hidden_state, self._grid_of(pixel_values))
-        loss = reconstruction_loss = None
-        if return_loss is not False:
-            reconstruction_loss = F.mse_loss(decoded.decoded_pixel_values, pixel_values.float())
-            loss = reconstruction_loss + encoded.embedding_loss
-        return VQRAEOutput(loss=loss, reconstruction_loss=reconstruction_loss, **decoded, **encoded)
+        # prefix tokens (cls, registers) come first
+        return self.encoder_norm(hidden_states[:, -height * width :])
 
 
 VQRAEModel.register_for_auto_class("AutoModel")
 
-__all__ = ["SimVQ", "VectorQuantizer", "VQRAEConfig", "VQRAEModel"]
+__all__ = ["ImageTokenizer", "SimVQ", "VectorQuantizer", "VQRAEConfig", "VQRAEModel"]

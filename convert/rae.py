@@ -27,9 +27,7 @@ written. Files are not unpickled (`weights_only`).
 import argparse
 import json
 import math
-import os
 import pickle
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -47,6 +45,7 @@ from transformers import AutoConfig, AutoImageProcessor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python convert/rae.py` from a clone
 
 from configuration_simvq import VQRAEConfig  # noqa: E402
+from eval.files import write_folder_whole  # noqa: E402
 from eval.images import decode_image, find_images  # noqa: E402
 from image_processing_simvq import VQRAEImageProcessor  # noqa: E402
 from modeling_simvq import VQRAEModel, sincos_positions  # noqa: E402
@@ -505,17 +504,15 @@ def check_saved(model: VQRAEModel, folder: Path) -> None:
 
 
 def save(model: VQRAEModel, source: str, output: Path) -> None:
-    """Model, processor and card, written beside, read back and compared, and then renamed."""
-    unfinished = output.with_name(f"unfinished-{output.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        model.save_pretrained(unfinished)
-        VQRAEImageProcessor.for_image_size(model.config.image_size).save_pretrained(unfinished)
-        (unfinished / "README.md").write_text(model_card(model, output.name, source))
-        check_saved(model, unfinished)
-        os.replace(unfinished, output)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    """Model, processor and card, read back and compared before the folder gets its name."""
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        VQRAEImageProcessor.for_image_size(model.config.image_size).save_pretrained(folder)
+        (folder / "README.md").write_text(model_card(model, output.name, source))
+        check_saved(model, folder)
+
+    write_folder_whole(output, write)
 
 
 def main(arguments: list[str] | None = None) -> None:

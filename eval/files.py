@@ -1,6 +1,7 @@
 """Writing files."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,3 +17,19 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     unfinished = path.with_name(f"unfinished-{path.name}.tmp")
     write(unfinished)
     os.replace(unfinished, path)
+
+
+def write_folder_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes a folder whole or not at all, and leaves nothing behind if that fails.
+
+    Args:
+        path: the folder, which is empty or does not exist.
+        write: given the folder to write to, which it makes.
+    """
+    unfinished = path.with_name(f"unfinished-{path.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        write(unfinished)
+        os.replace(unfinished, path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

@@ -36,7 +36,6 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, set_seed
 if __name__ == "__main__":  # not this folder: its `lpips` is not the package of that name
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from configuration_simvq import VQRAEConfig  # noqa: E402
 from eval.evaluation import Evaluation, cosine_per_image  # noqa: E402
 from eval.files import write_whole  # noqa: E402
 from eval.images import CroppedImages, collate_images, dataset_of_files, load_images, match_images  # noqa: E402
@@ -45,15 +44,17 @@ from eval.protocol import Protocol, names  # noqa: E402
 from eval.results import library_versions, update_model_card, write_results  # noqa: E402
 from image_processing_simvq import VQRAEImageProcessor  # noqa: E402
 from modeling_simvq import VQRAEModel  # noqa: E402
+from modeling_simvq_gan import SimVQGANModel  # noqa: E402
 
 
-AutoConfig.register("vqrae", VQRAEConfig)
-AutoModel.register(VQRAEConfig, VQRAEModel)
-AutoImageProcessor.register(VQRAEConfig, fast_image_processor_class=VQRAEImageProcessor)
+for model_class in (VQRAEModel, SimVQGANModel):
+    AutoConfig.register(model_class.config_class.model_type, model_class.config_class)
+    AutoModel.register(model_class.config_class, model_class)
+    AutoImageProcessor.register(model_class.config_class, fast_image_processor_class=VQRAEImageProcessor)
 
 
 class ModelReconstruction:
-    """A tokenizer with the methods and outputs of [`VQRAEModel`], as the evaluation calls it.
+    """A tokenizer with the methods and outputs of [`ImageTokenizer`], as the evaluation calls it.
 
     Args:
         model: in eval mode.

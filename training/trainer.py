@@ -105,7 +105,7 @@ class EpochOfCrops(TrainerCallback):
 
 
 class VQRAETrainer(Trainer):
-    """Trains a [`VQRAEModel`] on `pixel_values`.
+    """Trains an [`ImageTokenizer`], such as a [`VQRAEModel`], on `pixel_values`.
 
     The loss is `l1 + l2 + lpips + convnext + vq + distillation + gan`, weighted as the arguments say. One pass of the
     model serves generator and discriminator, and one backward pass of each loss network gives both its gradient and
@@ -543,7 +543,7 @@ class VQRAETrainer(Trainer):
             adversarial_direction = gradient(adversarial)
             weight = self.args.gan_weight
             if self.args.gan_adaptive:
-                last_layer = self.accelerator.unwrap_model(model).decoder.decoder_pred.weight
+                last_layer = self.accelerator.unwrap_model(model).last_layer
                 ratio = adaptive_weight(reconstruction, last_layer, direction, adversarial_direction)
                 self._add_terms({"adaptive_weight": ratio})
                 weight = weight * ratio
