@@ -10,7 +10,7 @@
 Options may also stand in one JSON or YAML file, and flags behind it override what it says; configs/ has the published
 recipes. The options of transformers' TrainingArguments work: --bf16, --gradient_accumulation_steps, --report_to
 tensorboard, --resume_from_checkpoint, --push_to_hub, ...; `accelerate launch train_hf.py ...` for several processes
-(DDP; FSDP and DeepSpeed are refused).
+(DDP, or FSDP with --config_file configs/accelerate_fsdp.yaml before the script; DeepSpeed is refused).
 """
 
 import json

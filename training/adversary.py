@@ -5,8 +5,10 @@ import math
 import os
 
 import torch
+from accelerate import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import get_scheduler
 
 from training.discriminators import DinoDiscriminator, PatchDiscriminator, augment
@@ -63,7 +65,12 @@ class Adversary:
             betas=(self.args.discriminator_adam_beta1, self.args.discriminator_adam_beta2),
             weight_decay=self.args.discriminator_weight_decay,
         )
-        self.wrapped, self.optimizer = accelerator.prepare(self.pair, optimizer)
+        if accelerator.distributed_type == DistributedType.FSDP:  # for the generator; this one stays whole
+            self.pair.forward = accelerator.autocast()(self.pair.forward)
+            self.wrapped = DistributedDataParallel(self.pair, broadcast_buffers=False)
+            self.optimizer = accelerator.prepare_optimizer(optimizer)
+        else:
+            self.wrapped, self.optimizer = accelerator.prepare(self.pair, optimizer)
 
     def prepare_schedule(self, num_training_steps: int) -> None:
         """Makes the schedule, over the steps in which the discriminator learns."""
@@ -107,8 +114,9 @@ class Adversary:
             fake = fake.clamp(0, 1).mul(255).round().div(255)
         self.wrapped.train()
         last = self.accelerator.sync_gradients
-        with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-            real_logits, fake_logits = self.wrapped(self._augmented(real), self._augmented(fake))
+        with contextlib.nullcontext() if last else getattr(self.wrapped, "no_sync", contextlib.nullcontext)():
+            logits = self.wrapped(self._augmented(real), self._augmented(fake))
+            real_logits, fake_logits = (part.float() for part in logits)
             loss = self.criterion(real_logits, fake_logits)
             means = torch.stack([real_logits.detach().mean(), fake_logits.detach().mean()])
             terms = {"discriminator": loss.detach()}

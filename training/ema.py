@@ -7,6 +7,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
 
+from training.sharding import load_whole, reshard
+
 
 class EMA(TrainerCallback):
     """Averages `a += (1 - d) (w - a)` after each step, with `d = min(decay, (1 + step) / (10 + step))`, so that early
@@ -19,12 +21,13 @@ class EMA(TrainerCallback):
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.averages = None  # {name: tensor}
+        self.model = model
+        self.parameters = self.averages = None  # {name: tensor}
         self._applied = False
 
     def start(self) -> None:
-        """The averages become the present weights."""
+        """The averages become the present weights; if FSDP shards them, it has done so."""
+        self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.averages = {name: p.detach().clone() for name, p in self.parameters.items()}
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -39,7 +42,7 @@ class EMA(TrainerCallback):
 
     @contextmanager
     def applied(self):
-        """The model has the averages as its weights; they change places, nothing is copied."""
+        """The model has the averages as its weights; they change places."""
         if self.averages is None or self._applied:
             yield
             return
@@ -52,11 +55,14 @@ class EMA(TrainerCallback):
     def _exchange(self) -> None:
         self._applied = not self._applied
         for name, parameter in self.parameters.items():
-            parameter.data, self.averages[name] = self.averages[name], parameter.data
+            average, self.averages[name] = self.averages[name], parameter.detach().clone()
+            parameter.detach().copy_(average)  # FSDP's parameters are views of memory of its own
+        reshard(self.model)
 
-    def save_raw(self, path: str) -> None:
-        """Writes the weights that are being trained, not the averages."""
-        save_file({name: p.detach().contiguous() for name, p in self.parameters.items()}, path)
+    def save_raw(self, path: str, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Writes the weights that are being trained, not the averages; those of `state_dict`, which FSDP gathered."""
+        tensors = state_dict or self.parameters
+        save_file({name: tensors[name].detach().contiguous() for name in self.parameters}, path)
 
 
 def load_raw(model: nn.Module, path: str) -> None:
@@ -65,7 +71,6 @@ def load_raw(model: nn.Module, path: str) -> None:
     Raises:
         ValueError: the file is of another model.
     """
-    tensors = load_file(path)
-    unexpected = model.load_state_dict(tensors, strict=False).unexpected_keys
+    unexpected = load_whole(model, load_file(path), strict=False).unexpected_keys
     if unexpected:
         raise ValueError(f"{path} is of another model: it has {unexpected[:3]}.")

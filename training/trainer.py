@@ -12,13 +12,21 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import save_fsdp_optimizer
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer import OPTIMIZER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import (
+    OPTIMIZER_NAME,
+    OPTIMIZER_NAME_BIN,
+    SCHEDULER_NAME,
+    TRAINER_STATE_NAME,
+    TRAINING_ARGS_NAME,
+)
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, get_last_checkpoint, rotate_checkpoints
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress, hf_api
@@ -35,6 +43,7 @@ from training.data import TrainTransform
 from training.ema import EMA, load_raw
 from training.hub import export_checkpoint, is_pickle
 from training.losses import ReconstructionLoss, WithGradient, adaptive_weight
+from training.sharding import load_whole, local_part, prepare_for_fsdp, rename_sharded, reshard
 
 
 logger = logging.get_logger(__name__)
@@ -82,6 +91,7 @@ class SaveModelingCode(TrainerCallback):
     pushes config and weights alone."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        rename_sharded(model)
         if state.is_world_process_zero:
             Path(args.output_dir).mkdir(parents=True, exist_ok=True)
             custom_object_save(model, args.output_dir, config=model.config)
@@ -134,8 +144,8 @@ class VQRAETrainer(Trainer):
             )
         kwargs.setdefault("compute_metrics", EvaluationMetrics(model.config.codebook_size, args.num_pictures))
         super().__init__(model=model, args=args, **kwargs)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("FSDP and DeepSpeed are not supported: `accelerate launch --multi_gpu` (DDP) is.")
+        if self.is_deepspeed_enabled:
+            raise ValueError("DeepSpeed is not supported: `accelerate launch --multi_gpu` (DDP) and FSDP are.")
         self.add_callback(SaveModelingCode())
         self.train_transform = train_transform
         self.provenance = provenance or Provenance()
@@ -151,7 +161,9 @@ class VQRAETrainer(Trainer):
             self.teacher = copy.deepcopy(model)
             self.teacher.config.freeze_encoder = True
             self.teacher.quantizer = self.teacher.decoder = None
-            self.teacher.requires_grad_(False).eval()
+            self.teacher.requires_grad_(False).eval().to(args.device)
+        if self.is_fsdp_enabled:
+            prepare_for_fsdp(model, self.accelerator, args)
         self._saving = False
         self._terms = {}
         self._pairs_of_step = None  # pixels and reconstructions of a micro-batch
@@ -225,10 +237,14 @@ class VQRAETrainer(Trainer):
             if checkpoint is True:
                 checkpoint = get_last_checkpoint(self.args.output_dir)
             if checkpoint:  # else Trainer says that there is none
-                if not os.path.isfile(os.path.join(checkpoint, OPTIMIZER_NAME)):
+                optimizer, other = OPTIMIZER_NAME, "with"
+                if self.is_fsdp_enabled:
+                    optimizer, other = OPTIMIZER_NAME_BIN, "without"
+                if not os.path.isfile(os.path.join(checkpoint, optimizer)):
                     raise ValueError(
-                        f"{checkpoint} has no {OPTIMIZER_NAME} (was it saved with --save_only_model?): a run cannot be "
-                        "resumed from it. Start a new one with --model_name_or_path and another --output_dir."
+                        f"{checkpoint} has no {optimizer} (was it saved with --save_only_model, or {other} FSDP?): "
+                        "this run cannot be resumed from it. Start a new one with --model_name_or_path and another "
+                        "--output_dir."
                     )
                 saved = type(config).from_pretrained(checkpoint)
                 config.codebook_init, config.codebook_init_latents = saved.codebook_init, saved.codebook_init_latents
@@ -238,20 +254,26 @@ class VQRAETrainer(Trainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _check_codebook(self) -> None:
-        """Every process must have the same codebook: it is frozen, so nothing would ever make them agree.
+        """Every process must have the same codebook: it is frozen, so nothing would ever make them agree. With FSDP
+        the same weights: each process keeps its part of its own.
 
         Raises:
             RuntimeError: they have not.
         """
         if self.accelerator.num_processes == 1:
             return
-        codes = self.accelerator.unwrap_model(self.model).quantizer.embedding.weight
-        digest = hashlib.sha256(codes.detach().cpu().float().numpy().tobytes()).hexdigest()
+        model = self.accelerator.unwrap_model(self.model)
+        tensors = model.state_dict().values() if self.is_fsdp_enabled else [model.quantizer.embedding.weight]
+        digest = hashlib.sha256()
+        for tensor in tensors:
+            if not isinstance(tensor, DTensor):  # sharded by an earlier call
+                digest.update(tensor.detach().cpu().float().numpy().tobytes())
         digests = [None] * self.accelerator.num_processes
-        torch.distributed.all_gather_object(digests, digest)
+        torch.distributed.all_gather_object(digests, digest.hexdigest())
         if len(set(digests)) > 1:
+            what = "weights" if self.is_fsdp_enabled else "codebooks"
             raise RuntimeError(
-                f"The processes have different codebooks ({', '.join(x[:8] for x in digests)}): build the model from "
+                f"The processes have different {what} ({', '.join(x[:8] for x in digests)}): build the model from "
                 "the same checkpoint, or after set_seed, on each of them."
             )
 
@@ -259,7 +281,7 @@ class VQRAETrainer(Trainer):
         """Trainer copies tensors by their names in the file. Some names are only mapped to the modules' by
         `from_pretrained` (DINOv2's attention, for one), and its encoder would silently not be resumed."""
         model = self.accelerator.unwrap_model(self.model if model is None else model)
-        model.load_state_dict(type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype).state_dict())
+        load_whole(model, type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype).state_dict())
         if self.ema:
             self.ema.start()
         raw = os.path.join(resume_from_checkpoint, RAW_WEIGHTS)
@@ -278,7 +300,7 @@ class VQRAETrainer(Trainer):
     def initialize_codebook(self) -> None:
         """Fits the codes to crops of the training images, see [`VQRAEModel.initialize_codebook`]: 32 latents a code,
         and for few codes up to 256 (`benchmarks/collapse.py`)."""
-        model = self.accelerator.unwrap_model(self.model)
+        model = self.accelerator.unwrap_model(self.model).to(self.args.device)  # FSDP's is not there yet
         codes = model.config.codebook_size
         latents_per_code = max(32, min(256, 2**18 // codes))
         needed = math.ceil(latents_per_code * codes / self.accelerator.num_processes)
@@ -345,18 +367,26 @@ class VQRAETrainer(Trainer):
 
     def _save(self, output_dir=None, state_dict=None):
         """The model with averaged weights; beside it the raw ones, and the discriminator."""
-        output_dir = output_dir or self.args.output_dir
+        output_dir, raw = output_dir or self.args.output_dir, state_dict  # FSDP: gathered by every process for this one
         with self.ema.applied() if self.ema else nullcontext():
+            if self.is_fsdp_enabled and self.ema:
+                state_dict = self.accelerator.get_state_dict(self.model)
             super()._save(output_dir, state_dict)
         if self.args.should_save:
             Path(output_dir, TRAINING_ARGS_NAME).unlink()  # a pickle that nothing reads; the card's recipe has them
             if self.ema and self.ema.averages is not None:
-                self.ema.save_raw(os.path.join(output_dir, RAW_WEIGHTS))
+                self.ema.save_raw(os.path.join(output_dir, RAW_WEIGHTS), raw)
             if self.adversary:
                 self.adversary.save_weights(output_dir)
 
     def _save_optimizer_and_scheduler(self, output_dir):
-        super()._save_optimizer_and_scheduler(output_dir)
+        if self.is_fsdp_enabled:  # Trainer would save the weights once more
+            plugin = self.accelerator.state.fsdp_plugin
+            save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+            if self.args.should_save:
+                torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
         if not self.args.should_save:
             return
         if self.adversary:
@@ -454,9 +484,10 @@ class VQRAETrainer(Trainer):
         self.accelerator.unscale_gradients()
         parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
-        if norm.isfinite() and self.args.max_grad_norm > 0:
+        value = norm.full_tensor() if isinstance(norm, DTensor) else norm  # the same on every process
+        if value.isfinite() and self.args.max_grad_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, norm)
-        return norm
+        return value
 
     def _get_grad_norm(self, model, grad_norm=None):
         """Called before each step of the optimizer, when gradients have been summed over processes and clipped. A step
@@ -513,8 +544,9 @@ class VQRAETrainer(Trainer):
         finally:
             for hook in hooks:
                 hook.remove()
+        reshard(model)
         for name, parameter in reversed(list(model.named_parameters())):
-            if not found and parameter.grad is not None and not parameter.grad.isfinite().all():
+            if not found and parameter.grad is not None and not local_part(parameter.grad).isfinite().all():
                 found.append(f"outputs are finite, the gradient of {name} is not")
         return found[0] if found else "outputs and gradients of this process are finite, its losses are not"
 
@@ -622,17 +654,18 @@ class VQRAETrainer(Trainer):
         with self.ema.applied() if self.ema else nullcontext():
             metrics = super().evaluate(*args, **kwargs)
         pictures = getattr(self.compute_metrics, "pictures", None)
-        if pictures and self.is_world_process_zero():
-            if self.ema and self.ema.averages is not None:  # originals, raw, averaged
+        if pictures:
+            if self.ema and self.ema.averages is not None:  # originals, raw, averaged; on all processes, for FSDP
                 training, model.quantizer._cache = model.training, None  # codes of the averaged weights
                 model.eval()
                 with torch.no_grad():
                     raw = model(pictures[0].to(self.args.device), return_loss=False).decoded_pixel_values
                 model.train(training)
                 pictures = pictures[0], raw.cpu(), pictures[1]
-            path = Path(self.args.output_dir) / "reconstructions" / f"step-{self.state.global_step:07d}.png"
-            save_rows(pictures, path)
-            self._show(path)
+            if self.is_world_process_zero():
+                path = Path(self.args.output_dir) / "reconstructions" / f"step-{self.state.global_step:07d}.png"
+                save_rows(pictures, path)
+                self._show(path)
         model.quantizer._counts = training_counts
         self._last_log = None  # evaluation is no training time
         return metrics
