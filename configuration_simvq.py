@@ -1,9 +1,8 @@
 """Configuration of VQRAE: a pretrained vision encoder, a SimVQ quantizer and a ViT decoder; and its base, what the
 configurations of all image tokenizers here have in common."""
 
-from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
+from transformers.configuration_utils import SubConfigSpec, strict
 
 
 def _side(size, what: str) -> int:
@@ -188,6 +187,12 @@ class VQRAEConfig(ImageTokenizerConfig):
             self.decoder_intermediate_size = getattr(encoder, "intermediate_size", int(encoder.hidden_size * mlp_ratio))
         # `@strict` runs every validate_* by itself, but wraps what it raises; called here, it is a plain ValueError
         self.validate_architecture()
+
+    def to_dict(self) -> dict:
+        """Without the name of the folder, on somebody's disk, that the encoder was read from."""
+        fields = super().to_dict()
+        fields["encoder_config"].pop("_name_or_path", None)
+        return fields
 
     @property
     def encoder_patch_size(self) -> int:

@@ -1,6 +1,6 @@
 """Configuration of the SimVQ paper's own image tokenizers: a convolutional autoencoder with a SimVQ quantizer."""
 
-from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import strict
 
 
 try:

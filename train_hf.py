@@ -219,7 +219,8 @@ def load_data(args: DataArguments, training_args: VQRAETrainingArguments, skippe
 
 
 def main() -> None:
-    parser = HfArgumentParser((ModelArguments, DataArguments, VQRAETrainingArguments), description=__doc__)
+    kinds = ModelArguments, DataArguments, VQRAETrainingArguments
+    parser = HfArgumentParser(kinds, description=__doc__, allow_abbrev=False)
     arguments = sys.argv[1:]
     if arguments and arguments[0].endswith((".json", ".yaml", ".yml")):
         arguments = file_as_flags(arguments[0]) + arguments[1:]
@@ -258,14 +259,15 @@ def main() -> None:
         processing_class=processor,
     )
     checkpoint = training_args.resume_from_checkpoint
-    if checkpoint and not os.path.isdir(checkpoint) and training_args.process_index == 0:
-        checkpoint = download_checkpoint(checkpoint, training_args.output_dir, training_args.hub_revision)
-    if checkpoint:
-        checkpoint = broadcast_object_list([checkpoint])[0]
-    if checkpoint is None and os.path.isdir(training_args.output_dir):
-        checkpoint = get_last_checkpoint(training_args.output_dir)
-        if checkpoint:
+    if checkpoint is None or not os.path.isdir(checkpoint):  # a run that began with one of the hub goes on with its own
+        last = get_last_checkpoint(training_args.output_dir) if os.path.isdir(training_args.output_dir) else None
+        if last:
+            checkpoint = last
             print(f"Resuming from {checkpoint}; remove it, or choose another --output_dir, to start anew.")
+        elif checkpoint:
+            if training_args.process_index == 0:
+                checkpoint = download_checkpoint(checkpoint, training_args.output_dir, training_args.hub_token)
+            checkpoint = broadcast_object_list([checkpoint])[0]
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(_internal_call=True)  # else it pushes, before there is anything to say in the card
     trainer.save_state()
@@ -289,7 +291,8 @@ def main() -> None:
 
 def given_options(arguments: list[str], *dataclasses) -> dict:
     """The options that were given, by name, as JSON holds them."""
-    given = {argument.removeprefix("--").split("=")[0] for argument in arguments if argument.startswith("--")}
+    flags = [argument.removeprefix("--").split("=")[0] for argument in arguments if argument.startswith("--")]
+    given = {flag.replace("-", "_") for flag in flags}
     values = {name: value for options in dataclasses for name, value in vars(options).items() if name in given}
     return json.loads(json.dumps(values, default=str))
 

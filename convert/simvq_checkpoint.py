@@ -226,10 +226,10 @@ def check(model: SimVQGANModel, folder: Path) -> float:
     return difference
 
 
-def model_card(config: SimVQGANConfig, name: str, checkpoint: Path, weights: str) -> str:
+def model_card(config: SimVQGANConfig, name: str, checkpoint: Path, weights: str, license: str | None) -> str:
     """The text of README.md."""
     data = ModelCardData(
-        license="mit",
+        license=license,
         library_name="transformers",
         pipeline_tag="image-feature-extraction",
         tags=["simvq_gan", "simvq", "image-tokenizer"],
@@ -255,7 +255,7 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def convert(checkpoint: Path, config: Path, output_dir: Path, weights: str = "ema") -> None:
+def convert(checkpoint: Path, config: Path, output_dir: Path, weights: str = "ema", license: str | None = None) -> None:
     """Converts a checkpoint; the folder is there whole or not at all.
 
     Args:
@@ -263,6 +263,7 @@ def convert(checkpoint: Path, config: Path, output_dir: Path, weights: str = "em
         config: the config.yaml of its run.
         output_dir: must not exist, or be empty.
         weights: "ema" for the averages, with which the reference evaluates, or "raw".
+        license: of the weights, for the card.
 
     Raises:
         ValueError: something about the inputs, which is named.
@@ -282,7 +283,7 @@ def convert(checkpoint: Path, config: Path, output_dir: Path, weights: str = "em
         processor = VQRAEImageProcessor.for_image_size(model.config.image_size)
         processor.resample = PILImageResampling.BILINEAR  # as in the reference's evaluation
         processor.save_pretrained(folder)
-        (folder / "README.md").write_text(model_card(model.config, output_dir.name, checkpoint, weights))
+        (folder / "README.md").write_text(model_card(model.config, output_dir.name, checkpoint, weights, license))
         print("Loading what was written, and comparing.", flush=True)
         print(f"  same tokens for two images of noise, pixels differ by {check(model, folder):g} at most")
 
@@ -303,12 +304,13 @@ def main() -> None:
         help="ema: the moving average of the weights, which the reference evaluates (default); raw: those of the last "
         "step, for a checkpoint without averages.",
     )
+    parser.add_argument("--license", help="Licence of the weights, for the card; that of the published ones is mit.")
     args = parser.parse_args()
     for file in (args.checkpoint, args.config):
         if not file.is_file():
             parser.error(f"{file} is no file.")
     try:
-        convert(args.checkpoint, args.config, args.output_dir, args.weights)
+        convert(args.checkpoint, args.config, args.output_dir, args.weights, args.license)
     except ValueError as error:
         sys.exit(f"Not converted. {error}")
 

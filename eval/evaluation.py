@@ -5,12 +5,12 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 from torch import nn
 
 from eval.codebook_usage.codebook_usage import codebook_statistics, count_codes
+from eval.images import different_sizes
 from eval.protocol import Protocol
 from eval.psnr.psnr import psnr_per_image
 from eval.rfid.rfid import Moments, frechet_distance
@@ -57,6 +57,8 @@ class Evaluation:
         self.skipped: list[tuple[int, str]] = []  # index and message
         self.counts = None if codebook_size is None else torch.zeros(codebook_size, dtype=torch.int64)
         self.moments: dict[str, Moments] = {}  # by the name of the distance and "real" or "fake"
+        self.size: list[int] | None = None  # height and width of the images
+        self.seconds = 0.0  # that earlier sessions took
 
     @torch.no_grad()
     def update(
@@ -86,8 +88,17 @@ class Evaluation:
                 f"Reconstructions are {tuple(reconstructions.shape)}, originals {tuple(originals.shape)}: the "
                 "tokenizer must give images of the size that it gets."
             )
+        self.size = self.size or list(originals.shape[2:])
+        if list(originals.shape[2:]) != self.size:
+            raise ValueError(different_sizes(self.size, originals.shape[2:]))
         protocol = self.protocol
         reconstructions = reconstructions.float()
+        finite = reconstructions.isfinite().flatten(1).all(1).tolist()
+        if not all(finite):
+            raise ValueError(
+                f"The reconstruction of image {index[finite.index(False)]} holds NaN or infinity (fp16 overflows where "
+                "bf16 does not)."
+            )
         real8, fake8 = protocol.eight_bits(originals, reconstructions)
         real, fake = real8 / 255, fake8 / 255
         scores = dict(scores)
@@ -129,16 +140,17 @@ class Evaluation:
 
     def state_dict(self) -> dict:
         """What a resumption needs: tensors, numbers and text."""
-        state = {name: getattr(self, name) for name in ("scores", "index", "batch", "digests", "skipped", "counts")}
+        names = ("scores", "index", "batch", "digests", "skipped", "counts", "size", "seconds")
+        state = {name: getattr(self, name) for name in names}
         state["moments"] = {key: [m.count, m.sum, m.products] for key, m in self.moments.items()}
         return state
 
-    def load_state_dict(self, state: dict) -> None:
-        """Takes up what `state_dict` gave."""
+    def load_state_dict(self, state: dict, device: torch.device) -> None:
+        """Takes up what `state_dict` gave, loaded to the CPU; the sums of features go to `device`."""
         state = dict(state)
         for key, (count, total, products) in state.pop("moments").items():
-            self.moments[key] = Moments(len(total), total.device)
-            self.moments[key].count, self.moments[key].sum, self.moments[key].products = count, total, products
+            self.moments[key] = moments = Moments(len(total), device)
+            moments.count, moments.sum, moments.products = (x.to(device) for x in (count, total, products))
         self.__dict__.update(state)
 
     def join(self) -> None:
@@ -154,6 +166,11 @@ class Evaluation:
                 moments = self.moments.setdefault(key, Moments(width, PartialState().device))
                 for name in ("count", "sum", "products"):
                     setattr(moments, name, reduce(getattr(moments, name), reduction="sum"))
+        sizes = [part["size"] for part in parts if part["size"]]
+        for size in sizes:
+            if size != sizes[0]:
+                raise ValueError(different_sizes(sizes[0], size))
+        self.seconds = max(part["seconds"] for part in parts)
         index = [i for part in parts for i in part["index"]]
         order = sorted(range(len(index)), key=index.__getitem__)
 
@@ -218,8 +235,3 @@ class Evaluation:
         for batch, value in zip(self.batch, values):
             batches.setdefault(batch, []).append(value)
         return math.fsum(math.fsum(values) / len(values) for values in batches.values()) / len(batches)
-
-
-def cosine_per_image(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Cosine similarity of (B, N, D) features, averaged over the N tokens: (B,)."""
-    return F.cosine_similarity(a.float(), b.float(), dim=-1).mean(1)

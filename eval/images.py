@@ -95,18 +95,26 @@ def decode_image(record: dict, turned_by_exif: bool = True) -> Image.Image:
         raise ValueError(f"Cannot read the image {record['path']}: {error} Remove or replace it.") from error
 
 
+def different_sizes(one, other) -> str:
+    """The message of an error."""
+    return f"Images of different sizes, {tuple(one)} and {tuple(other)} px: pass --image_size to crop them."
+
+
 def match_images(real: str | Path, fake: str | Path) -> tuple[list[Path], list[Path]]:
     """Files of two folders (or lists) that belong together: of the same path below the folder, whatever the suffix.
 
     Raises:
-        ValueError: some have no partner.
+        ValueError: some have no partner, or two.
     """
     files = []
     for path in (real, fake):
-        folder = Path(path) if Path(path).is_dir() else None
-        files.append(
-            {str((f.relative_to(folder) if folder else Path(f.name)).with_suffix("")): f for f in find_images(path)}
-        )
+        folder, found = Path(path) if Path(path).is_dir() else None, {}
+        for file in find_images(path):
+            name = str((file.relative_to(folder) if folder else Path(file.name)).with_suffix(""))
+            if name in found:
+                raise ValueError(f"{found[name]} and {file} of {path} have the same name: which one is meant?")
+            found[name] = file
+        files.append(found)
     alone = sorted(files[0].keys() ^ files[1].keys())
     if alone:
         raise ValueError(
@@ -167,7 +175,7 @@ def collate_images(items: list[dict]) -> dict:
     read = [item for item in items if "error" not in item]
     sizes = sorted({tuple(item["original"].shape[1:]) for item in read})
     if len(sizes) > 1:
-        raise ValueError(f"Images of different sizes, {sizes[0]} and {sizes[1]} px: pass --image_size to crop them.")
+        raise ValueError(different_sizes(*sizes[:2]))
     batch = {
         "index": [item["index"] for item in read],
         "skipped": [(item["index"], item["error"]) for item in items if "error" in item],

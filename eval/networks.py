@@ -2,9 +2,12 @@
 
 import hashlib
 import importlib
+import inspect
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import gather_object
 from torch import nn
 from torchvision.transforms.functional import normalize
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
@@ -40,7 +43,12 @@ class VisionFeatures(nn.Module):
             processor = AutoImageProcessor.from_pretrained(name_or_path)
             self.statistics = processor.image_mean, processor.image_std
             self.size = (processor.crop_size or processor.size).height or config.image_size
-        except OSError:  # no preprocessor_config.json
+        except OSError as error:  # no preprocessor_config.json
+            if config.model_type not in PIXEL_STATISTICS:
+                raise ValueError(
+                    f"{name_or_path} has no preprocessor_config.json, and the pixel statistics of "
+                    f"'{config.model_type}' are not known here: save its image processor beside it."
+                ) from error
             self.statistics, self.size = PIXEL_STATISTICS[config.model_type], 224
         self.requires_grad_(False).eval()
 
@@ -67,6 +75,14 @@ def load_object(name: str):
         raise ValueError(f"'{name}' cannot be imported ({error}): is its folder in PYTHONPATH?") from error
 
 
+def source_hash(function) -> str | None:
+    """SHA-256 of the file that a function is from; `None` where there is no such file."""
+    try:
+        return hashlib.sha256(Path(inspect.getfile(function)).read_bytes()).hexdigest()
+    except (OSError, TypeError):  # built in
+        return None
+
+
 def load_networks(
     protocol: Protocol,
     device: torch.device,
@@ -87,8 +103,14 @@ def load_networks(
         names: of the protocol's metrics, those that are wanted; `None`: all. `features` come on top.
 
     Returns:
-        The networks; for those left out, the reason by name; for the others, the SHA-256 of their weights by name.
+        The networks; for those left out, the reason by name; for the others, by name, the SHA-256 of their weights, of
+        the source file of a function, and of the reference statistics ("reference_statistics").
+
+    Raises:
+        ValueError: a file or features that were named cannot be used.
     """
+    if inception_weights and not Path(inception_weights).is_file():
+        raise ValueError(f"There is no file {inception_weights} (--inception_weights).")
 
     def inception():
         dtype = getattr(torch, protocol.inception_dtype)
@@ -104,21 +126,29 @@ def load_networks(
             continue
         print(f"Loading the network of {name} (its weights are downloaded if they are not cached).", flush=True)
         try:
-            network = build().to(device)
+            network = build()
         except (OSError, RuntimeError, ModuleNotFoundError) as error:  # URLError is an OSError
             reasons[name] = f"weights not available ({error}); {_HINTS[name]}"
             print(f"{name} is left out: {reasons[name]}", flush=True)
             continue
         (networks.frechet if name == "rfid" else networks.lpips)[name] = network
-        hashes[name] = weights_hash(network)
+    # a network that one process cannot have is used by none: its images would be missing from the sums
+    for name in {name for part in gather_object([reasons]) for name in part}:
+        reasons.setdefault(name, "weights not available on another process")
+        networks.frechet.pop(name, None), networks.lpips.pop(name, None)
+    for name, network in (networks.frechet | networks.lpips).items():
+        hashes[name] = weights_hash(network.to(device))
     if reference_statistics and "rfid" in networks.frechet:
-        networks.reference_statistics["rfid"] = load_statistics(reference_statistics)
+        networks.reference_statistics["rfid"] = statistics = load_statistics(reference_statistics)
+        digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in statistics))
+        hashes["reference_statistics"] = digest.hexdigest()
     for feature in features:
         name = "fd_" + feature.rstrip("/").replace(":", "/").split("/")[-1]
+        if name in networks.frechet:
+            raise ValueError(f"Two --features would be called {name}: rename one.")
         network = load_object(feature) if ":" in feature else VisionFeatures(feature).to(device)
         networks.frechet[name] = network
-        if isinstance(network, nn.Module):
-            hashes[name] = weights_hash(network)
+        hashes[name] = weights_hash(network) if isinstance(network, nn.Module) else source_hash(network)
     return networks, reasons, hashes
 
 

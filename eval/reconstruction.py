@@ -36,12 +36,13 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, set_seed
 if __name__ == "__main__":  # not this folder: its `lpips` is not the package of that name
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from eval.evaluation import Evaluation, cosine_per_image  # noqa: E402
+from eval.evaluation import Evaluation  # noqa: E402
 from eval.files import write_whole  # noqa: E402
-from eval.images import CroppedImages, collate_images, dataset_of_files, load_images, match_images  # noqa: E402
-from eval.networks import load_networks, load_object, weights_hash  # noqa: E402
+from eval.images import CroppedImages, collate_images, dataset_of_files, find_images, load_images, match_images  # noqa: E402
+from eval.networks import load_networks, load_object, source_hash, weights_hash  # noqa: E402
 from eval.protocol import Protocol, names  # noqa: E402
 from eval.results import library_versions, update_model_card, write_results  # noqa: E402
+from eval.semantic_agreement.semantic_agreement import cosine_per_image  # noqa: E402
 from image_processing_simvq import VQRAEImageProcessor  # noqa: E402
 from modeling_simvq import VQRAEModel  # noqa: E402
 from modeling_simvq_gan import SimVQGANModel  # noqa: E402
@@ -92,7 +93,7 @@ def evaluate(
     save_seconds: float = 120,
 ) -> None:
     """Passes all images through, each by one process, and joins the processes; what was done before an interruption is
-    not done again.
+    not done again. The progress stays in its file, for the caller to remove when the results are written.
 
     Args:
         evaluation: takes the batches.
@@ -101,7 +102,7 @@ def evaluate(
         batch_size: in images.
         num_workers: processes that load images.
         device: where the tokenizer and the networks are.
-        progress_file: of this process; removed at the end.
+        progress_file: of this process.
         key: of everything the numbers depend on; progress under another key is not used.
         save_seconds: between two savings.
     """
@@ -110,17 +111,24 @@ def evaluate(
     own = list(range(len(batches)))[state.process_index :: state.num_processes]
     done = 0
     if progress_file.exists():
-        progress = torch.load(progress_file, map_location=device, weights_only=True)
+        progress = torch.load(progress_file, map_location="cpu", weights_only=True)
         if progress["key"] == key:
             done = progress["done"]
-            evaluation.load_state_dict(progress["evaluation"])
+            evaluation.load_state_dict(progress["evaluation"], device)
             print(f"Going on after {len(evaluation.index)} images ({progress_file}).", flush=True)
         else:
             print(f"{progress_file} is of another evaluation: starting anew.", flush=True)
     loader = DataLoader(
         images, batch_sampler=[batches[i] for i in own[done:]], num_workers=num_workers, collate_fn=collate_images
     )
-    saved = time.monotonic()
+    start = saved = time.monotonic()
+    before = evaluation.seconds
+
+    def save() -> None:
+        evaluation.seconds = before + time.monotonic() - start
+        progress = {"key": key, "done": done, "evaluation": evaluation.state_dict()}
+        write_whole(progress_file, lambda path: torch.save(progress, path))
+
     total = sum(len(batches[i]) for i in own)
     bar = tqdm(
         total=total,
@@ -144,12 +152,10 @@ def evaluate(
             done += 1
             bar.update(len(batches[number]))
             if time.monotonic() - saved > save_seconds:
-                progress = {"key": key, "done": done, "evaluation": evaluation.state_dict()}
-                write_whole(progress_file, lambda path, progress=progress: torch.save(progress, path))
+                save()
                 saved = time.monotonic()
+    save()
     evaluation.join()
-    state.wait_for_everyone()
-    progress_file.unlink(missing_ok=True)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -212,7 +218,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--update_model_card",
         action="store_true",
-        help="Put the numbers into the metadata (model-index) of README.md in the folder --model_name_or_path.",
+        help="Put the numbers into the metadata (model-index) of the model's README.md: in its folder, or on the hub.",
     )
     args = parser.parse_args()
     sources = [args.model_name_or_path, args.callable, args.real]
@@ -220,10 +226,15 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("pass one of --model_name_or_path, --callable, and --real with --fake")
     if (args.data is None) == (args.real is None):
         parser.error("pass --data with a tokenizer, and none with --real and --fake")
+    if not args.model_name_or_path and (args.revision or args.reference_model or args.dtype != "float32"):
+        parser.error("--revision, --reference_model and --dtype are for --model_name_or_path")
     if args.callable and args.image_size is None and Protocol.load(args.protocol).image_size is None:
         parser.error("--callable needs --image_size, or a protocol that has one")
-    if args.update_model_card and not Path(args.model_name_or_path or "", "README.md").is_file():
-        parser.error("--update_model_card needs a folder with a README.md as --model_name_or_path")
+    if args.update_model_card and not args.model_name_or_path:
+        parser.error("--update_model_card needs --model_name_or_path")
+    if args.update_model_card and Path(args.model_name_or_path).is_dir():
+        if not Path(args.model_name_or_path, "README.md").is_file():
+            parser.error(f"--update_model_card: {args.model_name_or_path} has no README.md")
     return args
 
 
@@ -236,17 +247,20 @@ def main() -> None:
     output = Path(args.output_dir)
 
     size, reconstruct, codebook_size, fakes = protocol.image_size or args.image_size, None, None, None
+    files = []  # whose names, sizes and dates tell whether the images are still the same
     if protocol.image_size and args.image_size not in (None, protocol.image_size):
         raise ValueError(f"--image_size is {args.image_size}, but {protocol.name} is for {protocol.image_size} px.")
     if args.real:
         source = {"real": args.real, "fake": args.fake}
         real_files, fake_files = match_images(args.real, args.fake)
         data, fakes = dataset_of_files(real_files), dataset_of_files(fake_files)
+        files = [*real_files, *fake_files]
     else:
         data = load_images(args.data, args.split, args.dataset_config_name, args.image_column)
+        files = find_images(args.data) if Path(args.data).exists() else []
     if args.callable:
         function = load_object(args.callable)
-        source = {"callable": args.callable}
+        source = {"callable": args.callable, "source_sha256": source_hash(function)}
 
         def reconstruct(pixels):
             return function(pixels), None, {}
@@ -269,6 +283,7 @@ def main() -> None:
             "dtype": args.dtype,
             "codebook_size": codebook_size,
             "reference_model": args.reference_model,
+            "reference_sha256": weights_hash(reference) if reference is not None else None,
         }
     if args.max_samples:
         data = data.select(range(min(len(data), args.max_samples)))
@@ -285,17 +300,18 @@ def main() -> None:
     settings = {"protocol": vars(protocol), "image_size": size, "source": source, "networks": hashes}
     settings |= {"reference_statistics": args.reference_statistics, "batch_size": batch_size}
     settings |= {"num_processes": state.num_processes}
-    listed = data["image"][:] if Path(args.data or args.real).exists() else data._fingerprint
-    key = hashlib.sha256(json.dumps([settings, str(listed)], sort_keys=True).encode()).hexdigest()
+    listed = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    everything = [settings, args.features, args.max_samples, data._fingerprint if not files else None, listed]
+    key = hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
     images = CroppedImages(data, protocol, size, fakes)
     evaluation = Evaluation(protocol, networks, codebook_size)
     workers = args.num_workers if args.num_workers is not None else 8 * (device.type == "cuda")
-    start, started = time.time(), datetime.now(timezone.utc).isoformat(timespec="seconds")
+    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     progress_file = output / f"progress-{state.process_index}-of-{state.num_processes}.pt"
     evaluate(evaluation, images, reconstruct, batch_size, workers, device, progress_file, key)
     if state.is_main_process:
         metrics, not_computed, warnings = evaluation.compute()
-        seconds = time.time() - start
+        seconds = evaluation.seconds
         result = {
             "schema_version": 1,
             "metrics": metrics | dict.fromkeys(reasons),
@@ -319,8 +335,9 @@ def main() -> None:
         }
         write_results(output, result, evaluation, images, reconstruct, device)
         if args.update_model_card:
-            update_model_card(Path(args.model_name_or_path) / "README.md", result)
+            update_model_card(args.model_name_or_path, result)
     state.wait_for_everyone()
+    progress_file.unlink(missing_ok=True)
     state.destroy_process_group()
 
 

@@ -3,7 +3,7 @@
 
     python eval/reference_statistics.py --data imagenet_val --protocol titok-256 --output_file imagenet_val_256.npz
 
-The file (`mu`, `sigma`) is what torch-fidelity, pytorch-fid and ADM read as well, and what `eval/reconstruction.py
+The file (`mu`, `sigma`) is what pytorch-fid reads and writes as well, and what `eval/reconstruction.py
 --reference_statistics` takes. Images are cropped as the protocol says.
 """
 

@@ -1,5 +1,6 @@
 """What an evaluation leaves: JSON, Markdown, a page of HTML, pictures, metadata of a model card."""
 
+import hashlib
 import html
 import importlib.metadata
 import json
@@ -183,8 +184,13 @@ def code_chart(counts: torch.Tensor, width: int = 640, height: int = 220) -> str
     )
 
 
-def evaluation_results(result: dict) -> list[EvalResult]:
-    """The numbers of a results.json as entries of a model card's model-index."""
+def evaluation_results(result: dict, file_hash: str | None = None) -> list[EvalResult]:
+    """The numbers of a results.json as entries of a model card's model-index.
+
+    Args:
+        result: as in results.json.
+        file_hash: of the file of weights that was measured, see `weights_file_hash`.
+    """
     data, protocol = result["data"], result["protocol"]["name"]
     return [
         EvalResult(
@@ -198,19 +204,39 @@ def evaluation_results(result: dict) -> list[EvalResult]:
             metric_type=name,
             metric_name=f"{title(name)}, protocol {protocol}",
             metric_value=value,
+            metric_args={"protocol": protocol, "model_sha256": file_hash} if file_hash else {"protocol": protocol},
         )
         for name, value in result["metrics"].items()
         if value is not None
     ]
 
 
-def update_model_card(path: Path, result: dict) -> None:
-    """Puts the numbers into the model-index of a README.md; those it has of the same data and protocol are replaced."""
-    card = ModelCard.load(path)
-    new = evaluation_results(result)
-    old = [
-        entry for entry in card.data.eval_results or [] if not any(entry.is_equal_except_value(other) for other in new)
-    ]
-    card.data.model_name = card.data.model_name or path.resolve().parent.name
+def weights_file_hash(folder: Path) -> str | None:
+    """SHA-256 of a folder's `model*.safetensors`; `None` where there is none."""
+    digest, files = hashlib.sha256(), sorted(folder.glob("model*.safetensors"))
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return digest.hexdigest() if files else None
+
+
+def update_model_card(name_or_path: str, result: dict) -> None:
+    """Puts the numbers into the model-index of a model's card; those it has of the same data and protocol are replaced.
+
+    Args:
+        name_or_path: the model's folder, or its repository on the hub, to which the card is pushed.
+        result: as in results.json.
+    """
+    folder = Path(name_or_path)
+    local = folder.is_dir()
+    card = ModelCard.load(folder / "README.md" if local else name_or_path)
+    new = evaluation_results(result, weights_file_hash(folder) if local else None)
+    replaced = {(entry.dataset_name, entry.metric_name) for entry in new}
+    old = [x for x in card.data.eval_results or [] if (x.dataset_name, x.metric_name) not in replaced]
+    card.data.model_name = card.data.model_name or Path(name_or_path).resolve().name
     card.data.eval_results = old + new
-    write_whole(path, lambda file: file.write_text(str(card)))
+    if local:
+        write_whole(folder / "README.md", lambda file: file.write_text(str(card)))
+    else:
+        card.push_to_hub(name_or_path, commit_message="Evaluation results")

@@ -29,7 +29,7 @@ from eval.psnr.psnr import psnr_per_image
 from eval.reconstruction import ModelReconstruction, evaluate
 from eval.results import choose
 from eval.rfid.rfid import InceptionV3, Moments, frechet_distance, load_statistics
-from eval.ssim.ssim import ssim_per_image
+from eval.ssim.ssim import ms_ssim_per_image, ssim_per_image
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import VQRAEModel
 
@@ -188,6 +188,29 @@ def test_psnr_and_ssim_agree_with_scikit_image(pair):
         ssim_per_image(fake, real, "box")
 
 
+def test_ms_ssim_agrees_with_the_formula():
+    """Five scales by 2 x 2 means; contrast and structure of the first four, all of SSIM of the last; no borders."""
+    from scipy.ndimage import gaussian_filter
+
+    real = photographs.astronaut()[100:292, 100:292] / 255
+    fake = (real + np.random.default_rng(0).normal(size=real.shape) * 0.1).clip(0, 1)
+    weights, parts, x, y = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333), [], real, fake
+    for scale in range(5):
+
+        def blurred(image):
+            return gaussian_filter(image, (1.5, 1.5, 0), truncate=3.5, mode="mirror")
+
+        mx, my = blurred(x), blurred(y)
+        vx, vy, cov = blurred(x * x) - mx**2, blurred(y * y) - my**2, blurred(x * y) - mx * my
+        contrast = (2 * cov + 0.03**2) / (vx + vy + 0.03**2)
+        luminance = (2 * mx * my + 0.01**2) / (mx**2 + my**2 + 0.01**2)
+        inner = contrast[5:-5, 5:-5].mean() if scale < 4 else (contrast * luminance).mean()
+        parts.append(max(inner, 0) ** weights[scale])
+        x, y = (z.reshape(z.shape[0] // 2, 2, z.shape[1] // 2, 2, 3).mean((1, 3)) for z in (x, y))
+    pair = (torch.from_numpy(z).permute(2, 0, 1)[None] for z in (fake, real))
+    assert ms_ssim_per_image(*pair).item() == pytest.approx(np.prod(parts), abs=1e-3)
+
+
 def test_codebook_statistics_against_a_count():
     codes = torch.tensor([[0, 0, 5], [1, 1, 0]])
     counts = count_codes(codes, 8)
@@ -224,12 +247,13 @@ def test_metrics_are_modules_of_evaluate(pair, inception_weights, tmp_path, monk
     """Loaded from a folder where nothing else of this repository is, by name, on images of several sizes."""
     import evaluate as library
 
-    for name in ("rfid", "lpips", "psnr", "ssim", "codebook_usage"):
+    names_of_modules = ("rfid", "lpips", "psnr", "ssim", "codebook_usage", "semantic_agreement")
+    for name in names_of_modules:
         shutil.copytree(ROOT / "eval" / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     real, fake = ([Image.fromarray(x.permute(1, 2, 0).numpy()) for x in images] for images in pair)
     real, fake = real + [real[0].resize((200, 180))], fake + [fake[0].resize((200, 180))]
-    modules = {name: library.load(f"./{name}") for name in ("rfid", "psnr", "ssim", "codebook_usage")}
+    modules = {name: library.load(f"./{name}") for name in names_of_modules}
     expected = psnr_per_image(*(x / 255 for x in pair))
     result = modules["psnr"].compute(predictions=fake, references=real)
     assert result["scores"][:3] == pytest.approx(expected.tolist()) and len(result["scores"]) == 4
@@ -243,6 +267,26 @@ def test_metrics_are_modules_of_evaluate(pair, inception_weights, tmp_path, monk
     assert result["num_images"] == 4 and result["rfid"] > 0
     same = modules["rfid"].compute(predictions=real, references=real, weights=str(inception_weights))
     assert same["rfid"] < 1e-3
+    network = InceptionV3(torch.load(inception_weights, weights_only=True))
+    moments = Moments(2048)
+    for image in real:
+        moments.update(network(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]))
+    np.savez("real.npz", **dict(zip(("mu", "sigma"), (x.numpy() for x in moments.compute()))))
+    known = modules["rfid"].compute(predictions=fake, reference_statistics="real.npz", weights=str(inception_weights))
+    assert known["rfid"] == pytest.approx(result["rfid"], rel=1e-6)
+    rows = [features(20, 4, seed).tolist() for seed in (1, 2)]
+    distance = library.load("./rfid", "features").compute(predictions=rows[0], references=rows[1])
+    (m1, s1), (m2, s2) = ((np.mean(x, 0), np.cov(x, rowvar=False)) for x in rows)
+    assert distance["frechet_distance"] == pytest.approx(
+        frechet_distance(*map(torch.from_numpy, (m1, s1, m2, s2))), rel=1e-9
+    )
+    agreement = modules["semantic_agreement"].compute(
+        predictions=[[[1.0, 0.0], [0.0, 2.0]]], references=[[[3.0, 0.0], [1.0, 1.0]]]
+    )
+    assert agreement["scores"] == [pytest.approx((1 + 0.5**0.5) / 2)]
+    if "VQRAE_ASSETS" in os.environ:
+        lpips = modules["lpips"].compute(predictions=fake, references=real, net_type="alex")
+        assert len(lpips["scores"]) == 4 and 0 < lpips["scores"][0] < lpips["scores"][2]
     with pytest.raises(ValueError, match="Image 0: a"):
         modules["psnr"].compute(predictions=fake[:1], references=[real[0].resize((64, 64))])
     for name in modules:
@@ -428,7 +472,7 @@ def test_script_measures_a_model_on_a_folder(tmp_path, image_folder, saved_model
     (image_folder / "broken.png").write_bytes(b"no image")
     output = run(
         [str(ROOT / "eval" / "reconstruction.py"), "--model_name_or_path", "model", "--data", str(image_folder),
-         "--output_dir", "results", "--batch_size", "5", "--inception_weights", "missing.pth", "--update_model_card"],
+         "--output_dir", "results", "--batch_size", "5", "--update_model_card"],
         cwd=tmp_path, TORCH_HOME=str(tmp_path / "no weights here"),
         http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9",
     )  # fmt: skip
@@ -536,6 +580,11 @@ def test_bad_arguments_and_data_are_named(command, tmp_path, image_folder):
         ([*function, "--data", empty, "--image_size", 32], "No images in"),
         ([*function, "--data", broken, "--image_size", 32], "none of them could be read"),
         ([*function, "--data", image_folder], "--callable needs --image_size"),
+        (
+            [*function, "--data", image_folder, "--image_size", 32, "--dtype", "bfloat16"],
+            "are for --model_name_or_path",
+        ),
+        ([*function, "--data", image_folder, "--image_size", 32, "--inception_weights", "no.pth"], "no file no.pth"),
         ([*function, "--data", image_folder, "--protocol", "rae-256", "--image_size", 32], "is for 256 px"),
         (["--data", image_folder, "--output_dir", "out"], "pass one of"),
         (["--real", image_folder, "--output_dir", "out"], "pass one of"),
@@ -549,6 +598,37 @@ def test_bad_arguments_and_data_are_named(command, tmp_path, image_folder):
     )
     assert "different sizes" in error
     assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_images_of_different_sizes_are_told_in_whatever_batches_they_are(command, tmp_path, image_folder):
+    Image.new("RGB", (20, 20)).save(image_folder / "z.png")
+    folders = ["--real", image_folder, "--fake", image_folder, "--network_metrics", "--output_dir", "out"]
+    assert "(40, 48) and (20, 20) px: pass --image_size" in command(*folders, "--batch_size", 12, fails=True)
+
+
+def test_pairs_of_the_same_name_are_not_guessed(command, tmp_path, image_folder):
+    Image.new("RGB", (48, 40)).save(image_folder / "a-0.jpg")
+    folders = ["--real", image_folder, "--fake", image_folder, "--network_metrics", "--output_dir", "out"]
+    assert "have the same name" in command(*folders, fails=True)
+
+
+def test_reconstructions_that_are_not_finite_are_refused():
+    evaluation = Evaluation(Protocol.load("default"), Networks())
+    originals = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    reconstructions = torch.zeros(2, 3, 32, 32)
+    reconstructions[1, 0, 3, 3] = float("nan")
+    with pytest.raises(ValueError, match="image 7 holds NaN"):
+        evaluation.update(0, [6, 7], originals, reconstructions)
+
+
+def test_bf16_and_a_reference_model_are_said_in_the_result(command, tmp_path, image_folder, saved_model):
+    command(
+        "--model_name_or_path", "model", "--data", image_folder, "--output_dir", "out", "--network_metrics",
+        "--dtype", "bfloat16", "--reference_model", "model",
+    )  # fmt: skip
+    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert result["source"]["dtype"] == "bfloat16" and result["source"]["reference_sha256"]
+    assert 0.99 < result["metrics"]["feature_cosine"] < 1  # bf16 beside fp32
 
 
 def test_one_image_is_enough(command, tmp_path, image_folder, inception_weights):
@@ -584,10 +664,10 @@ def test_an_interrupted_pass_goes_on_and_ends_with_the_same_numbers(tmp_path, im
             evaluate(evaluation, images, counted, 5, 0, torch.device("cpu"), tmp_path / "p.pt", key, save_seconds=-1)
         finally:
             seen.append(calls)
+        (tmp_path / "p.pt").unlink()
         return evaluation.compute()[0], evaluation.fingerprint()
 
     whole = results()
-    assert not (tmp_path / "p.pt").exists()
     with pytest.raises(KeyboardInterrupt):
         results(stop_after=2)
     assert results() == whole
@@ -596,6 +676,45 @@ def test_an_interrupted_pass_goes_on_and_ends_with_the_same_numbers(tmp_path, im
     assert results(key="other weights") == whole
     assert seen == [[5, 5, 2], [5, 5], [2], [5], [5, 5, 2]]
     assert os.listdir(tmp_path) == ["images"]
+
+
+def test_an_interrupted_command_goes_on_unless_something_else_is_asked(command, tmp_path, image_folder, monkeypatch):
+    """The model, the images and the options are those of the progress, or it is not used."""
+    monkeypatch.syspath_prepend(tmp_path)
+    code = "calls = []\n\n\ndef half(pixels):\n    calls.append(len(pixels))\n    return pixels * {}\n"
+    (tmp_path / "halving.py").write_text(code.format(0.5))
+    import halving
+
+    options = ["--callable", "halving:half", "--data", image_folder, "--image_size", 32, "--network_metrics"]
+    options += ["--batch_size", 5, "--output_dir", "out"]
+    expected = command(*options)
+    whole = json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]
+
+    def interrupted() -> list[int]:
+        halving.calls.clear()
+        with monkeypatch.context() as patch:  # after the pass, before anything is written
+            patch.setattr(reconstruction, "write_results", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                command(*options)
+        return list(halving.calls)
+
+    assert interrupted() == [5, 5, 2]
+    halving.calls.clear()
+    assert "Going on after 12 images" in command(*options) and halving.calls == [4, 4, 4]  # for the pictures
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["metrics"] == whole
+    assert "PSNR" in expected and not list((tmp_path / "out").glob("progress*"))
+    for change in ("source", "image", "option"):
+        assert interrupted() == [5, 5, 2]
+        halving.calls.clear()
+        extra = []
+        if change == "source":
+            (tmp_path / "halving.py").write_text(code.format(0.4))
+        elif change == "image":
+            Image.new("RGB", (48, 41)).save(image_folder / "a-0.png")
+        else:
+            extra = ["--max_samples", 10]
+        assert "starting anew" in command(*options, *extra)
+        assert halving.calls[:2] == [5, 5]
 
 
 def test_two_processes_measure_what_one_does(command, tmp_path, image_folder, inception_weights, saved_model):

@@ -443,6 +443,7 @@ def test_script(tmp_path):
     script = str(ROOT / "convert" / "simvq_checkpoint.py")
     assert "--weights" in run([script, "--help"], tmp_path)
     arguments = ["--checkpoint", "reference.ckpt", "--config", "config.yaml", "--output_dir", "converted"]
+    arguments += ["--license", "mit"]
     output = run([script, *arguments], tmp_path)
     assert "left behind:  22 of loss.discriminator.* (discriminator)" in output
     assert "512 codes of width 32" in output and "same tokens" in output

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
 from eval.files import write_whole
+from eval.results import weights_file_hash
 
 
 RECIPE = "training_recipe.json"
@@ -134,13 +135,26 @@ def write_card(name: str, trainer, provenance: Provenance, folder: str | Path) -
     folder = Path(folder)
     if provenance.recipe:
         write_whole(folder / RECIPE, lambda file: file.write_text(_recipe(provenance)))
-    card = str(model_card(name, trainer, provenance))
-    write_whole(folder / "README.md", lambda file: file.write_text(card))
+    card = model_card(name, trainer, provenance)
+    if (folder / "README.md").exists():  # numbers of an evaluation stay as long as the weights do
+        own = weights_file_hash(folder)
+        kept = [
+            entry
+            for entry in ModelCard.load(folder / "README.md").data.eval_results or []
+            if (entry.metric_args or {}).get("model_sha256") == own
+        ]
+        if kept:
+            card.data.model_name, card.data.eval_results = name.split("/")[-1], kept
+    write_whole(folder / "README.md", lambda file: file.write_text(str(card)))
 
 
 def _recipe(provenance: Provenance) -> str:
     secret = ("token", "password")
-    known = {name: x for name, x in provenance.recipe.items() if not any(word in name for word in secret)}
+    known = {
+        name: _shown(x) if isinstance(x, str) else x
+        for name, x in provenance.recipe.items()
+        if not any(word in name for word in secret)
+    }
     return json.dumps(known, indent=2, sort_keys=True) + "\n"
 
 
@@ -166,8 +180,8 @@ def _weights(trainer) -> str:
         return "`model.safetensors` holds the trained weights at the last step; no average was kept."
     return (
         f"`model.safetensors` holds the moving average of the weights (decay {trainer.args.ema_decay:g}), of which the "
-        "numbers below are. `raw_weights.safetensors` holds the trained weights at the last step, of those parameters "
-        "that were trained: `model.load_state_dict(load_file(...), strict=False)`."
+        "held-out numbers below are. `raw_weights.safetensors` holds the trained weights at the last step, of those "
+        "parameters that were trained: `model.load_state_dict(load_file(...), strict=False)`."
     )
 
 
@@ -218,9 +232,7 @@ def _measured(history: list[dict]) -> str:
 
 
 def _limits(trainer, config, provenance: Provenance) -> str:
-    lines = [
-        "- rFID, LPIPS and the metadata of this card come from `eval/reconstruction.py --update_model_card`, if at all."
-    ]
+    lines = ["- rFID and LPIPS are in the metadata of this card if `eval/reconstruction.py` was run, else nowhere."]
     if provenance.num_train_images:
         lines.append(f"- Trained on {provenance.num_train_images:,} images; on others expect less than on those.")
     lines.append(f"- Trained at {config.image_size} px. Other sizes work, without having been trained.")

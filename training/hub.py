@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers.trainer import TRAINER_STATE_NAME
@@ -37,6 +38,10 @@ def export_checkpoint(checkpoint: Path, target: Path) -> None:
     for file in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
         copy = target / file.relative_to(checkpoint)
         copy.parent.mkdir(parents=True, exist_ok=True)
+        if file.name == TRAINER_STATE_NAME:  # without the path of a folder here
+            state = json.loads(file.read_text()) | {"best_model_checkpoint": None}
+            copy.write_text(json.dumps(state, indent=2))
+            continue
         if not is_pickle(file):
             shutil.copy(file, copy)
             continue
@@ -56,36 +61,42 @@ def import_checkpoint(folder: Path) -> None:
         file.unlink()
 
 
-def download_checkpoint(repository: str, output_dir: str, revision: str | None = None) -> str:
+def download_checkpoint(name: str, output_dir: str, token: str | None = None) -> str:
     """Fetches the last checkpoint of a run that was pushed with `--hub_strategy checkpoint`.
 
     Args:
-        repository: of the hub.
+        name: a repository of the hub, `org/name`, or a branch, tag or commit of it, `org/name@revision`.
         output_dir: of the run; the checkpoint becomes its `checkpoint-N`.
-        revision: branch, tag or commit.
+        token: of the hub.
 
     Returns:
         The folder of the checkpoint.
 
     Raises:
-        ValueError: the repository has none.
+        ValueError: there is no such repository, it cannot be read, or it has no checkpoint.
     """
-    print(f"Fetching the last checkpoint of {repository}.", flush=True)
-    snapshot = snapshot_download(repository, revision=revision, allow_patterns=["last-checkpoint/*"])
+    repository, _, revision = name.partition("@")
+    print(f"Fetching the last checkpoint of {name}.", flush=True)
+    files = [f"last-checkpoint/{pattern}" for pattern in ("*.json", "*.py", "*.safetensors")]  # no pickles
+    try:
+        snapshot = snapshot_download(repository, revision=revision or None, token=token, allow_patterns=files)
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise ValueError(
+            f"--resume_from_checkpoint {name} is neither a folder nor a repository of the hub that can be read: {error}"
+        ) from error
     source = Path(snapshot) / "last-checkpoint"
     if not (source / TRAINER_STATE_NAME).is_file():
         raise ValueError(
-            f"{repository} has no last-checkpoint: only runs pushed with --hub_strategy checkpoint can be resumed from "
+            f"{name} has no last-checkpoint: only runs pushed with --hub_strategy checkpoint can be resumed from "
             "the hub. --model_name_or_path starts a new run from its weights."
         )
     step = json.loads((source / TRAINER_STATE_NAME).read_text())["global_step"]
     target = Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-    if not target.exists():
-        unfinished = Path(output_dir) / "unfinished" / target.name
-        shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.copytree(source, unfinished)
-        import_checkpoint(unfinished)
-        os.replace(unfinished, target)
+    unfinished = Path(output_dir) / "unfinished" / target.name
+    shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.copytree(source, unfinished)
+    import_checkpoint(unfinished)
+    os.replace(unfinished, target)
     return str(target)
 
 

@@ -41,7 +41,7 @@ from training.arguments import VQRAETrainingArguments
 from training.card import RECIPE, Provenance, write_card
 from training.data import TrainTransform
 from training.ema import EMA, load_raw
-from training.hub import export_checkpoint, is_pickle
+from training.hub import export_checkpoint
 from training.losses import ReconstructionLoss, WithGradient, adaptive_weight
 from training.sharding import load_whole, local_part, prepare_for_fsdp, rename_sharded, reshard
 
@@ -50,6 +50,7 @@ logger = logging.get_logger(__name__)
 
 RAW_WEIGHTS = "raw_weights.safetensors"  # beside model.safetensors, which holds the averages
 TEACHER_WEIGHTS = "teacher_encoder.safetensors"
+PUSHED = ("*.json", "*.py", "*.safetensors", "*.html")  # of a checkpoint or of output_dir; no list of local files
 UNFINISHED = "unfinished"  # checkpoints are written in there, and moved when they are whole
 
 
@@ -409,41 +410,70 @@ class VQRAETrainer(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder):
         """Trainer's, in one commit that can be loaded: weights, code, processor, card, a picture and no pickles; also
         the state of training, if `hub_strategy` asks for it (`export_checkpoint`)."""
-        strategy = self.args.hub_strategy
+        strategy, checkpoint = self.args.hub_strategy, Path(checkpoint_folder)
         if not self.is_world_process_zero() or strategy == HubStrategy.END:
             return
         if self.push_in_progress is not None and not self.push_in_progress.is_done():
             if not self.args.hub_always_push:
                 return
-            self.push_in_progress.wait_until_done()
-        output_dir, checkpoint = Path(self.args.output_dir), Path(checkpoint_folder)
+        self._finish_current_push()
+        stage = self._staged(checkpoint)
+        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            last = strategy == HubStrategy.CHECKPOINT
+            export_checkpoint(checkpoint, stage / ("last-checkpoint" if last else checkpoint.name))
+        message = f"Training in progress, step {self.state.global_step}"
+        job = self._upload(stage, message, self.args.hub_token, self.args.hub_revision, run_as_future=True)
+        self.push_in_progress = PushInProgress([job])
+
+    def push_to_hub(
+        self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **kwargs
+    ):
+        """Trainer's, of the files of `_push_from_checkpoint` and the results, not of all that is in `output_dir`."""
+        token, revision = token or self.args.hub_token, revision or self.args.hub_revision
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self._finish_current_push()
+        stage = self._staged(Path(self.args.output_dir))
+        pushed = self._upload(stage, commit_message, token, revision, run_as_future=not blocking)
+        if blocking:
+            shutil.rmtree(stage)
+        return pushed
+
+    def _staged(self, folder: Path) -> Path:
+        """What of a folder goes to the hub, with a new card, in a folder of its own."""
+        output_dir = Path(self.args.output_dir)
         stage = output_dir / "_push"
         shutil.rmtree(stage, ignore_errors=True)
         stage.mkdir()
-        for file in checkpoint.iterdir():
-            if file.is_file() and not is_pickle(file) and file.name not in (TRAINER_STATE_NAME, TEACHER_WEIGHTS):
-                shutil.copy(file, stage)
+        for pattern in PUSHED:
+            for file in folder.glob(pattern):
+                if file.name not in (TRAINER_STATE_NAME, TEACHER_WEIGHTS):
+                    shutil.copy(file, stage)
         self.create_model_card()
         for file in ("README.md", *self.card_files()):
             (stage / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(output_dir / file, stage / file)
-        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-            last = strategy == HubStrategy.CHECKPOINT
-            export_checkpoint(checkpoint, stage / ("last-checkpoint" if last else checkpoint.name))
-        job = hf_api().upload_folder(
-            repo_id=self.hub_model_id,
-            folder_path=stage,
-            commit_message=f"Training in progress, step {self.state.global_step}",
-            token=self.args.hub_token,
-            run_as_future=True,
-            revision=self.args.hub_revision,
-        )
-        self.push_in_progress = PushInProgress([job])
+        return stage
 
-    def push_to_hub(self, *args, **kwargs):
-        pushed = super().push_to_hub(*args, **kwargs)
-        shutil.rmtree(Path(self.args.output_dir) / "_push", ignore_errors=True)
-        return pushed
+    def _upload(self, folder: Path, message: str, token: str | None, revision: str | None, run_as_future: bool):
+        return hf_api().upload_folder(
+            repo_id=self.hub_model_id,
+            folder_path=folder,
+            commit_message=message,
+            token=token,
+            revision=revision,
+            run_as_future=run_as_future,
+        )
+
+    def _finish_current_push(self):
+        super()._finish_current_push()
+        for job in self.push_in_progress.jobs if getattr(self, "push_in_progress", None) else []:
+            if error := job.exception():
+                logger.warning(f"A push to {self.hub_model_id} failed, training goes on: {error}")
+        self.push_in_progress = None
 
     def create_model_card(self, *args, **kwargs):
         """README.md in `output_dir`; Trainer's would speak of fine-tuning and of a dataset called "unknown"."""

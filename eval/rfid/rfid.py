@@ -23,8 +23,12 @@ Args:
     references: their originals; not needed with `reference_statistics`.
     weights: a local file with torch-fidelity's Inception weights (the same as pytorch-fid's); default: the cache of
         torch.hub, or a download of 91 MB.
-    reference_statistics: an .npz file with `mu` and `sigma` of the originals, as torch-fidelity, pytorch-fid and ADM
-        write, in place of references.
+    reference_statistics: an .npz file with `mu` and `sigma` of the originals, as pytorch-fid and ADM write, in place of
+        references.
+
+With `evaluate.load("eval/rfid", "features")` predictions and references are rows of features of your own; the result is
+called frechet_distance, since only Inception's is an FID.
+
 Returns:
     rfid: the distance.
     num_images: the number of reconstructions. Under about 10,000 the distance is biased upwards; compare only values of
@@ -182,7 +186,7 @@ def frechet_distance(
 
 
 def load_statistics(path: str | Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and covariance from an .npz file with `mu` and `sigma` (torch-fidelity, pytorch-fid, ADM); no pickles.
+    """Mean and covariance from an .npz file with `mu` and `sigma` (pytorch-fid, ADM); no pickles.
 
     Raises:
         ValueError: it has not both, or not of fitting shapes.
@@ -199,26 +203,38 @@ def load_statistics(path: str | Path) -> tuple[torch.Tensor, torch.Tensor]:
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class RFID(evaluate.Metric):
     def _info(self):
+        kind = datasets.Sequence(datasets.Value("float64")) if self.config_name == "features" else datasets.Image()
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation=_CITATION,
             inputs_description=_KWARGS_DESCRIPTION,
-            features=[
-                datasets.Features({"predictions": datasets.Image(), "references": datasets.Image()}),
-                datasets.Features({"predictions": datasets.Image()}),
-            ],
+            features=datasets.Features({"predictions": kind, "references": kind}),
             reference_urls=["https://arxiv.org/abs/1706.08500", "https://github.com/toshas/torch-fidelity"],
         )
 
+    def compute(self, *, predictions=None, references=None, reference_statistics=None, **kwargs):
+        """As of any metric; with `reference_statistics` there are no references."""
+        if reference_statistics is not None:
+            if references is not None:
+                raise ValueError("Pass references or reference_statistics, not both.")
+            references = predictions  # evaluate wants both; they are not looked at
+            kwargs["reference_statistics"] = reference_statistics
+        return super().compute(predictions=predictions, references=references, **kwargs)
+
     @torch.no_grad()
-    def _compute(self, predictions, references=None, weights=None, reference_statistics=None):
-        if references is None and reference_statistics is None:
-            raise ValueError("Pass references, or reference_statistics.")
+    def _compute(self, predictions, references, weights=None, reference_statistics=None):
+        if self.config_name == "features":
+            statistics = [torch.tensor(rows, dtype=torch.float64) for rows in (predictions, references)]
+            moments = [Moments(rows.shape[1]) for rows in statistics]
+            for sums, rows in zip(moments, statistics):
+                sums.update(rows)
+            distance = frechet_distance(*moments[0].compute(), *moments[1].compute())
+            return {"frechet_distance": distance, "num_images": len(predictions)}
         network = InceptionV3(load_inception_weights(weights))
         statistics = []
-        for images in (predictions, references):
-            if images is None:
-                statistics += load_statistics(reference_statistics)
+        for images, known in ((predictions, None), (references, reference_statistics)):
+            if known is not None:
+                statistics += load_statistics(known)
                 continue
             moments = Moments(network.num_features)
             for image in images:  # of any sizes
