@@ -92,7 +92,7 @@ def program():
     where = ("the gradient of decoder.decoder_pred", "the first output that is not finite")[trainer.args.process_index]
     with pytest.raises(FloatingPointError, match=where):
         trainer.train()
-    torch.distributed.destroy_process_group()
+    os._exit(0)  # gloo's threads may abort a process that ends as others do
 
 
 @pytest.fixture(scope="module")

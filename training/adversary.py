@@ -65,7 +65,7 @@ class Adversary:
             betas=(self.args.discriminator_adam_beta1, self.args.discriminator_adam_beta2),
             weight_decay=self.args.discriminator_weight_decay,
         )
-        if accelerator.distributed_type == DistributedType.FSDP:  # for the generator; this one stays whole
+        if accelerator.distributed_type == DistributedType.FSDP:  # shards the generator; this one stays whole
             self.pair.forward = accelerator.autocast()(self.pair.forward)
             self.wrapped = DistributedDataParallel(self.pair, broadcast_buffers=False)
             self.optimizer = accelerator.prepare_optimizer(optimizer)

@@ -26,7 +26,7 @@ class EMA(TrainerCallback):
         self._applied = False
 
     def start(self) -> None:
-        """The averages become the present weights; if FSDP shards them, it has done so."""
+        """The averages become the present weights. FSDP must have sharded them by then."""
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.averages = {name: p.detach().clone() for name, p in self.parameters.items()}
 
