@@ -7,12 +7,16 @@
    tiny model, under the protocol `simvq-128`; and the same numbers from the reference's evaluation.py written out
    plainly (one image, one code at a time, PSNR of the whole batch once for each of its images, two PNG files of each
    image). The time of the model is taken off both. Both give the same numbers, which is checked.
-2. The whole pass under the protocol `default`: the time of each network inside it, and what is beyond them.
+2. Memory after more and more images of 256 px.
+3. The whole pass under the protocol `default`: the time of each network inside it, and what is beyond them. Networks
+   have random weights.
 
 Images are those of --data, again and again until there are enough.
 """
 
 import argparse
+import contextlib
+import resource
 import sys
 import tempfile
 import time
@@ -25,6 +29,7 @@ import torchvision.utils as vutils
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import nn
+from torchmetrics.functional.image.lpips import _NoTrainLpips
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,7 +37,6 @@ sys.path.insert(0, str(ROOT))  # `python benchmarks/evaluation.py` from a clone
 
 from eval.evaluation import Evaluation, Networks  # noqa: E402
 from eval.images import CroppedImages, dataset_of_files, find_images  # noqa: E402
-from eval.lpips.lpips import load_lpips  # noqa: E402
 from eval.protocol import Protocol  # noqa: E402
 from eval.reconstruction import ModelReconstruction, evaluate  # noqa: E402
 from eval.results import write_results  # noqa: E402
@@ -104,7 +108,8 @@ def ours(images: CroppedImages, reconstruct, networks: Networks, folder: Path, b
     metrics, reasons, warnings = evaluation.compute()
     result = {"protocol": vars(images.protocol), "image_size": images.size, "metrics": metrics, "warnings": warnings}
     result |= {"not_computed": reasons, "num_images": len(evaluation.index), "skipped_images": []}
-    write_results(folder, result, evaluation, images, reconstruct, device)
+    with contextlib.redirect_stdout(None):
+        write_results(folder, result, evaluation, images, reconstruct, device)
     return metrics
 
 
@@ -138,7 +143,7 @@ def whole_pass(files: list[Path], size: int, batch_size: int) -> None:
     protocol, model = Protocol.load("default"), model_of(384, 12, size, 16)
     networks = Networks({"rfid": random_inception()})
     for net in ("alex", "vgg"):
-        networks.lpips[f"lpips_{net}"] = load_lpips(net)
+        networks.lpips[f"lpips_{net}"] = _NoTrainLpips(net=net, pnet_rand=True)  # the time is that of the real ones
     parts = {"model (encoder twice, for the semantic agreement)": ModelReconstruction(model, True)}
     parts |= {"Inception, both images": networks.frechet["rfid"]}
     parts |= {f"LPIPS, {net}": networks.lpips[f"lpips_{net}"] for net in ("alex", "vgg")}
@@ -164,6 +169,24 @@ def whole_pass(files: list[Path], size: int, batch_size: int) -> None:
     print(f"| all | {total:.2f} | |\n\nthe whole pass / its networks: {total / own:.3f}\n")
 
 
+def memory(files: list[Path], size: int, batch_size: int) -> None:
+    """Peak memory of the process after more and more images, with 2,048 features of each."""
+    torch.manual_seed(0)
+    weights = torch.randn(3 * 16 * 16, 2048)
+
+    def features(images: torch.Tensor) -> torch.Tensor:
+        return nn.functional.adaptive_avg_pool2d(images.float(), 16).flatten(1) @ weights
+
+    print("\n| images | peak MB of the process |\n| ---: | ---: |")
+    for count in (len(files) // 4, len(files) // 2, len(files)):
+        images = CroppedImages(dataset_of_files(files[:count]), Protocol.load("default"), size)
+        evaluation = Evaluation(images.protocol, Networks({"fd_random": features}), 1024)
+        with tempfile.TemporaryDirectory() as folder:
+            progress, device = Path(folder) / "progress.pt", torch.device("cpu")
+            evaluate(evaluation, images, lambda x: (x, None, {}), batch_size, 0, device, progress, "benchmark")
+        print(f"| {count:,} | {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024:,} |")
+
+
 def random_inception() -> InceptionV3:
     """FID's network with random weights: the time is that of the real ones."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -183,10 +206,10 @@ def random_inception() -> InceptionV3:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="A folder of images.")
-    parser.add_argument("--num_images", type=int, default=1000, help="Of the first part (default: 1000).")
-    parser.add_argument("--num_images_whole", type=int, default=96, help="Of the second part (default: 96).")
-    parser.add_argument("--image_size", type=int, default=256, help="Of the second part (default: 256).")
-    parser.add_argument("--batch_size", type=int, default=32, help="Of the second part (default: 32).")
+    parser.add_argument("--num_images", type=int, default=1000, help="Of the first two parts (default: 1000).")
+    parser.add_argument("--num_images_whole", type=int, default=96, help="Of the last part (default: 96).")
+    parser.add_argument("--image_size", type=int, default=256, help="Of the last two parts (default: 256).")
+    parser.add_argument("--batch_size", type=int, default=32, help="Of the last two parts (default: 32).")
     args = parser.parse_args()
     files = find_images(args.data)
 
@@ -195,6 +218,7 @@ def main() -> None:
 
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     without_networks(enough(args.num_images))
+    memory(enough(args.num_images), args.image_size, args.batch_size)
     whole_pass(enough(args.num_images_whole), args.image_size, args.batch_size)
 
 

@@ -260,6 +260,7 @@ def test_processes_skip_together_and_end_with_equal_weights(tmp_path, image_fold
     parameters, no buffers sent."""
     program = tmp_path / "program.py"
     program.write_text(f"""
+import os
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import torch
@@ -282,8 +283,8 @@ try:
     trainer.train()
 except RuntimeError as error:
     assert "different codebooks" in str(error)
-    print("codebooks compared")
-torch.distributed.destroy_process_group()  # gloo's threads may abort a process that ends before they do
+    print("codebooks compared", flush=True)
+os._exit(0)  # gloo's threads may abort a process that ends before they do
 """)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(program)],
@@ -306,6 +307,7 @@ torch.distributed.destroy_process_group()  # gloo's threads may abort a process 
 def test_streams_are_split_among_processes_and_workers_without_duplicates(tmp_path):
     program = tmp_path / "program.py"
     program.write_text("""
+import os
 import datasets, torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from torch.utils.data import DataLoader
@@ -315,7 +317,7 @@ accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(di
 loader = accelerator.prepare(DataLoader(stream, batch_size=4, num_workers=2))
 seen = [value for batch in loader for value in batch["image"].tolist()]
 torch.save(seen, f"{accelerator.process_index}.pt")
-torch.distributed.destroy_process_group()
+os._exit(0)
 """)
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(program)],

@@ -234,6 +234,7 @@ def test_two_processes_train_the_same_weights(tmp_path, image_folder):
     """torchrun with 2 gloo ranks: one codebook, fitted to the images of both, equal weights."""
     program = tmp_path / "program.py"
     program.write_text(f"""
+import os
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import torch
@@ -248,7 +249,7 @@ metrics = trainer.evaluate()
 rank = trainer.args.process_index
 result = {{"state": trainer.model.state_dict(), "metrics": metrics, "log": trainer.state.log_history}}
 torch.save(result, f"{{rank}}.pt")
-torch.distributed.destroy_process_group()
+os._exit(0)
 """)
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(program)],

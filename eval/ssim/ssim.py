@@ -43,7 +43,7 @@ _CITATION = """
 
 
 def ssim_per_image(reconstructions: torch.Tensor, originals: torch.Tensor, window: str = "gaussian") -> torch.Tensor:
-    """(B, C, H, W) in [0, 1], twice -> (B,). For `window` see the metric.
+    """(B, C, H, W) in [0, 1], of 8 bits, twice -> (B,). For `window` see the metric.
 
     Raises:
         ValueError: an unknown window.
@@ -52,18 +52,28 @@ def ssim_per_image(reconstructions: torch.Tensor, originals: torch.Tensor, windo
         return structural_similarity_index_measure(reconstructions, originals, data_range=1.0, reduction="none")
     if window != "uniform":
         raise ValueError(f"window must be 'gaussian' or 'uniform', got '{window}'.")
-    x, y = reconstructions.double(), originals.double()  # variances are differences of large numbers
+    parts = zip(reconstructions.split(8), originals.split(8))  # that stay in a cache
+    return torch.cat([_uniform_ssim(*((x * 255).round() for x in part)) for part in parts])
+
+
+def _uniform_ssim(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """SSIM of levels 0 to 255 with a 7 px uniform window. Sums over a window are whole numbers below 2^24, exact in
+    float32, and what variances are made of is below 2^31: there is no rounding before the last fraction."""
     size = 7
-    means = [torch.nn.functional.avg_pool2d(maps, size, stride=1) for maps in (x, y, x * x, y * y, x * y)]
-    unbiased = size**2 / (size**2 - 1)
-    variance_x, variance_y, covariance = (
-        unbiased * (product - a * b)
-        for product, a, b in zip(means[2:], (means[0], means[1], means[0]), (means[0], means[1], means[1]))
-    )
-    c1, c2 = 0.01**2, 0.03**2
-    similarity = (2 * means[0] * means[1] + c1) * (2 * covariance + c2)
-    similarity = similarity / ((means[0] ** 2 + means[1] ** 2 + c1) * (variance_x + variance_y + c2))
-    return similarity.flatten(1).mean(1)
+    area = size**2
+
+    def window_sums(maps: torch.Tensor) -> torch.Tensor:
+        for _ in range(2):  # rows, then columns
+            band = torch.ones(maps.shape[-1], maps.shape[-1], device=maps.device).tril().triu(1 - size)[size - 1 :]
+            maps = (maps @ band.T).transpose(-1, -2)
+        return maps.int()
+
+    sx, sy, sxx, syy, sxy = (window_sums(maps) for maps in (x, y, x * x, y * y, x * y))
+    c1, c2 = (0.01 * 255 * area) ** 2, (0.03 * 255) ** 2 * area * (area - 1)  # sample covariance
+    means, squares = 2 * (sx * sy).float() + c1, (sx * sx + sy * sy).float() + c1
+    contrast = (2 * (area * sxy - sx * sy)).float() + c2
+    variances = (area * (sxx + syy) - sx * sx - sy * sy).float() + c2
+    return (means / squares * (contrast / variances)).flatten(1).mean(1)
 
 
 def ms_ssim_per_image(reconstructions: torch.Tensor, originals: torch.Tensor) -> torch.Tensor:
