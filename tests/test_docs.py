@@ -18,6 +18,18 @@ def blocks(path: str, language: str = "python") -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / path).read_text(), flags=re.M | re.S)
 
 
+def test_files_that_documents_name_are_there():
+    for document in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
+        named = set(
+            re.findall(
+                r"(?<![\w/])(?:configs|docs|eval|benchmarks|convert)/[\w/.-]*\.(?:json|md|py|png|jpg|yaml)",
+                document.read_text(),
+            )
+        )
+        missing = [name for name in named if not (ROOT / name).exists()]
+        assert not missing, (document.name, missing)
+
+
 def test_downstream_snippets(tmp_path, image_folder):
     torch.manual_seed(0)
     VQRAEModel(tiny_config(codebook_dim=8)).save_pretrained(tmp_path / "my-tokenizer")
