@@ -34,7 +34,7 @@ from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import ImageTokenizer, VQRAEModel
 from modeling_simvq_gan import SimVQGANModel
 from training.arguments import VQRAETrainingArguments
-from training.card import Provenance
+from training.card import Provenance, write_recipe
 from training.data import EvalTransform, TrainTransform, collate, readable_images, split_files, with_pixels
 from training.hub import download_checkpoint
 from training.report import write_report
@@ -268,6 +268,12 @@ def main() -> None:
             if training_args.process_index == 0:
                 checkpoint = download_checkpoint(checkpoint, training_args.output_dir, training_args.hub_token)
             checkpoint = broadcast_object_list([checkpoint])[0]
+    if trainer.is_world_process_zero():
+        if checkpoint is None and (Path(training_args.output_dir) / "model.safetensors").exists():
+            print(f"{training_args.output_dir} has a model and no checkpoint: training anew, the model is replaced.")
+        for line in write_recipe(provenance, training_args.output_dir) if checkpoint else []:
+            print(f"Going on with another option than before, {line}.")
+        write_recipe(provenance, training_args.output_dir)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(_internal_call=True)  # else it pushes, before there is anything to say in the card
     trainer.save_state()

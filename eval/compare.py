@@ -22,8 +22,10 @@ from eval.results import title  # noqa: E402
 def differences(first: dict, other: dict) -> list[str]:
     """What makes two results incomparable, in words."""
     found = []
-    if first["protocol"] != other["protocol"]:
-        fields = [name for name, value in first["protocol"].items() if value != other["protocol"].get(name)]
+    descriptive = ("name", "source", "reference_set", "remarks")
+    pairs = {name: (value, other["protocol"].get(name)) for name, value in first["protocol"].items()}
+    fields = [f"{name} ({a} / {b})" for name, (a, b) in pairs.items() if a != b and name not in descriptive]
+    if fields:
         names = first["protocol"]["name"], other["protocol"]["name"]
         found.append(f"protocols {names[0]} and {names[1]} differ in {', '.join(fields)}")
     if first["image_size"] != other["image_size"]:
@@ -41,8 +43,8 @@ def differences(first: dict, other: dict) -> list[str]:
     return found
 
 
-def table(results: list[dict], names: list[str]) -> str:
-    """A Markdown table of results."""
+def table(results: list[dict], names: list[str], found: list[str] = ()) -> str:
+    """A Markdown table of results; below it what else differs, `found` first."""
     metrics = dict.fromkeys(metric for result in results for metric in result["metrics"])
     lines = [f"| metric | {' | '.join(names)} |", "| --- |" + " ---: |" * len(names)]
     for metric in metrics:
@@ -50,15 +52,16 @@ def table(results: list[dict], names: list[str]) -> str:
         cells = []
         for value in values:
             cell = "-" if value is None else f"{value:.5g}"
-            if value is not None and values[0] is not None and len(cells):
+            if value is not None and values[0] is not None and cells and metric != "codebook_tokens":
                 cell += f" ({value - values[0]:+.3g})"
             cells.append(cell)
         lines.append(f"| {title(metric)} | {' | '.join(cells)} |")
     versions = {f"{name} {result['versions'][name]}" for result in results for name in result["versions"]}
     differing = sorted(text for text in versions if any(text not in _versions(result) for result in results))
-    notes = [f"- library versions that differ: {', '.join(differing)}"] if differing else []
-    dtypes = [result["source"].get("dtype") for result in results]
-    notes += [f"- dtypes of the models: {', '.join(map(str, dtypes))}"] if len(set(dtypes)) > 1 else []
+    notes = [f"- not comparable: {text}" for text in found]
+    notes += [f"- library versions that differ: {', '.join(differing)}"] if differing else []
+    dtypes = [result["source"]["dtype"] for result in results if "dtype" in result["source"]]
+    notes += [f"- dtypes of the models: {', '.join(dtypes)}"] if len(set(dtypes)) > 1 else []
     return "\n".join(lines + [""] * bool(notes) + notes)
 
 
@@ -68,7 +71,9 @@ def _versions(result: dict) -> set[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", nargs="+", type=Path, help="results.json files of eval/reconstruction.py.")
+    parser.add_argument(
+        "results", nargs="+", type=Path, help="results.json files of eval/reconstruction.py, or their folders."
+    )
     parser.add_argument(
         "--allow_differences",
         action="store_true",
@@ -77,6 +82,9 @@ def main() -> None:
     args = parser.parse_args()
     if len(args.results) < 2:
         parser.error("pass at least two files")
+    args.results = [path / "results.json" if path.is_dir() else path for path in args.results]
+    if missing := [str(path) for path in args.results if not path.is_file()]:
+        parser.error(f"there is no {', '.join(missing)}")
     results = [json.loads(path.read_text()) for path in args.results]
     for path, result in zip(args.results, results):
         if result.get("schema_version") != 1:
@@ -86,11 +94,10 @@ def main() -> None:
         for path, result in zip(args.results[1:], results[1:])
         for text in differences(results[0], result)
     ]
-    for text in found:
-        print(text, file=sys.stderr)
     if found and not args.allow_differences:
+        print("\n".join(found), file=sys.stderr)
         sys.exit("Not compared. --allow_differences does it nevertheless.")
-    print(table(results, [str(path.parent) for path in args.results]))
+    print(table(results, [str(path.parent) for path in args.results], found))
 
 
 if __name__ == "__main__":

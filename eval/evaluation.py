@@ -59,6 +59,7 @@ class Evaluation:
         self.moments: dict[str, Moments] = {}  # by the name of the distance and "real" or "fake"
         self.size: list[int] | None = None  # height and width of the images
         self.seconds = 0.0  # that earlier sessions took
+        self.outside = 0.0  # share of an image's pixels that are far from [0, 1], summed over images
 
     @torch.no_grad()
     def update(
@@ -94,6 +95,8 @@ class Evaluation:
         protocol = self.protocol
         reconstructions = reconstructions.float()
         finite = reconstructions.isfinite().flatten(1).all(1).tolist()
+        outside = ((reconstructions < -0.25) | (reconstructions > 1.25)).float().mean().item()
+        self.outside += outside * len(index)
         if not all(finite):
             raise ValueError(
                 f"The reconstruction of image {index[finite.index(False)]} holds NaN or infinity (fp16 overflows where "
@@ -140,7 +143,7 @@ class Evaluation:
 
     def state_dict(self) -> dict:
         """What a resumption needs: tensors, numbers and text."""
-        names = ("scores", "index", "batch", "digests", "skipped", "counts", "size", "seconds")
+        names = ("scores", "index", "batch", "digests", "skipped", "counts", "size", "seconds", "outside")
         state = {name: getattr(self, name) for name in names}
         state["moments"] = {key: [m.count, m.sum, m.products] for key, m in self.moments.items()}
         return state
@@ -171,6 +174,7 @@ class Evaluation:
             if size != sizes[0]:
                 raise ValueError(different_sizes(sizes[0], size))
         self.seconds = max(part["seconds"] for part in parts)
+        self.outside = sum(part["outside"] for part in parts)
         index = [i for part in parts for i in part["index"]]
         order = sorted(range(len(index)), key=index.__getitem__)
 
@@ -200,6 +204,11 @@ class Evaluation:
         if not self.index:
             raise ValueError("There were no images to evaluate, or none of them could be read.")
         metrics, reasons, warnings = {}, {}, []
+        if self.outside > 0.05 * len(self.index):
+            warnings.append(
+                f"{self.outside / len(self.index):.0%} of the pixels of reconstructions are below -0.25 or above 1.25: "
+                "are they in [0, 1]?"
+            )
         for name, values in self.scores.items():
             metrics[name] = self._mean(name, values)
             if math.isinf(metrics[name]):

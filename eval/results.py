@@ -54,7 +54,8 @@ def markdown(result: dict) -> str:
         why = result["not_computed"].get(name, "").split(":")[0].split(" (")[0]
         lines.append(f"| {title(name)} | {why if value is None else f'{value:.6g}'} |")
     lines.append(f"| images | {result['num_images']} |")
-    notes = [f"Protocol `{result['protocol']['name']}`, {result['image_size'] or 'uncropped'} px."]
+    size = f"{result['image_size']} px" if result["image_size"] else "images as they are"
+    notes = [f"Protocol `{result['protocol']['name']}`, {size}."]
     if result["skipped_images"]:
         notes.append(f"{len(result['skipped_images'])} images could not be read and were left out.")
     return "\n".join(lines + ["", *(f"- {note}" for note in notes + result["warnings"])]) + "\n"

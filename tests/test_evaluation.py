@@ -501,7 +501,7 @@ def test_script_measures_a_model_on_a_folder(tmp_path, image_folder, saved_model
     counts = torch.bincount(expected.image_tokens.flatten(), minlength=64)
     assert np.load(tmp_path / "results" / "code_counts.npy").tolist() == counts.tolist()
     page = (tmp_path / "results" / "report.html").read_text()
-    assert page.count("data:image/png") == 3 and "<svg" in page and "http" not in page.split("<h2>Everything")[0]
+    assert page.count("data:image/png") == 3 and "<svg" in page and 'src="http' not in page
     assert result["schema_version"] == 1 and result["source"]["weights_sha256"]
     assert {"torch", "pillow", "transformers"} <= result["versions"].keys()
     from huggingface_hub import ModelCard
@@ -561,6 +561,10 @@ def test_any_function_is_measured_and_a_wrong_size_is_named(command, tmp_path, i
     command("--callable", "theirs:darker", *options)
     result = json.loads((tmp_path / "out" / "results.json").read_text())
     assert result["metrics"]["psnr"] < 15 and "codebook_utilization" not in result["metrics"]
+    (tmp_path / "theirs8.py").write_text("def levels(pixels):\n    return pixels * 255\n")
+    assert "pixels of reconstructions are below -0.25 or above 1.25" in command(
+        "--callable", "theirs8:levels", *options
+    )
     for name, message in (
         ("smaller", "must give images of the size"),
         ("missing", "cannot be imported"),
@@ -801,9 +805,10 @@ def test_results_are_compared_only_under_one_protocol(command, tmp_path, image_f
     with pytest.raises(SystemExit, match="Not compared"):
         compared(files["a"], files["c"])
     error = capsys.readouterr().err
-    assert "default and rae-256 differ in" in error and "images of 32 and 256 px" in error
-    compared(files["a"], files["c"], "--allow_differences")
-    assert "| SSIM |" in capsys.readouterr().out
+    assert "default and rae-256 differ in image_size (None / 256)" in error and "images of 32 and 256 px" in error
+    compared(str(tmp_path / "a"), files["c"], "--allow_differences")  # a folder does as well
+    output = capsys.readouterr().out
+    assert "| SSIM |" in output and "- not comparable: " in output
 
 
 def test_reference_statistics_stand_in_for_the_originals(

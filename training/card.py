@@ -148,6 +148,19 @@ def write_card(name: str, trainer, provenance: Provenance, folder: str | Path) -
     write_whole(folder / "README.md", lambda file: file.write_text(str(card)))
 
 
+def write_recipe(provenance: Provenance, folder: str | Path) -> list[str]:
+    """Writes the options of a run that begins or goes on; tells those that differ from the ones it had before.
+
+    Returns:
+        One line for each that differs; none for a new run.
+    """
+    path, own = Path(folder) / RECIPE, json.loads(_recipe(provenance))
+    before = json.loads(path.read_text()) if path.exists() else own
+    write_whole(path, lambda file: file.write_text(_recipe(provenance)))
+    names = sorted(before.keys() | own.keys())
+    return [f"{n}: {before.get(n)} before, {own.get(n)} now" for n in names if before.get(n) != own.get(n)]
+
+
 def _recipe(provenance: Provenance) -> str:
     secret = ("token", "password")
     known = {
@@ -195,7 +208,7 @@ def _training(trainer, config, provenance: Provenance) -> str:
     elif provenance.encoder:
         start = f"the encoder `{_shown(provenance.encoder)}`"
     lines = [
-        f"{trainer.state.global_step:,} steps of {batch} random crops{of}, begun with {start}; learning rate "
+        f"{trainer.state.global_step:,} steps of {batch} random crops{of}, begun with {start}; peak learning rate "
         f"{args.learning_rate:g}, encoder {'frozen' if config.freeze_encoder else 'trained'}, seed {args.seed}."
     ]
     weights = {"l1": args.l1_weight, "l2": args.l2_weight, f"LPIPS ({args.lpips_network})": args.lpips_weight}

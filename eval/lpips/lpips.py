@@ -45,7 +45,13 @@ def load_lpips(net_type: str) -> torch.nn.Module:
     Raises:
         OSError, RuntimeError: its weights cannot be had.
     """
-    return LearnedPerceptualImagePatchSimilarity(net_type=net_type).net.requires_grad_(False).eval()
+    try:
+        return LearnedPerceptualImagePatchSimilarity(net_type=net_type).net.requires_grad_(False).eval()
+    except OSError as error:  # URLError is one
+        raise OSError(
+            f"torchvision's weights for LPIPS ({net_type}) cannot be downloaded ({error}): put "
+            f"alexnet-owt-7be5be79.pth or vgg16-397923af.pth into {torch.hub.get_dir()}/checkpoints."
+        ) from error
 
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)

@@ -57,13 +57,18 @@ def load_inception_weights(path: str | Path | None = None) -> dict[str, torch.Te
         path: a local file; `None`: the cache of torch.hub, or a download.
 
     Raises:
-        OSError: no such file, or no network.
+        OSError: no such file, or no network; says where the file belongs.
     """
     if path is not None:
         return torch.load(path, map_location="cpu", weights_only=True)
-    return torch.hub.load_state_dict_from_url(
-        blocks.URL_INCEPTION_V3, map_location="cpu", weights_only=True, check_hash=True
-    )
+    url = blocks.URL_INCEPTION_V3
+    try:
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True, check_hash=True)
+    except OSError as error:  # URLError is one
+        raise OSError(
+            f"The Inception weights cannot be downloaded ({error}): pass the file of {url} as `weights`, or put it "
+            f"into {torch.hub.get_dir()}/checkpoints."
+        ) from error
 
 
 class InceptionV3(nn.Module):
