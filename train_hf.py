@@ -271,9 +271,9 @@ def main() -> None:
     if trainer.is_world_process_zero():
         if checkpoint is None and (Path(training_args.output_dir) / "model.safetensors").exists():
             print(f"{training_args.output_dir} has a model and no checkpoint: training anew, the model is replaced.")
-        for line in write_recipe(provenance, training_args.output_dir) if checkpoint else []:
+        others = write_recipe(provenance, training_args.output_dir)
+        for line in others if checkpoint else []:
             print(f"Going on with another option than before, {line}.")
-        write_recipe(provenance, training_args.output_dir)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(_internal_call=True)  # else it pushes, before there is anything to say in the card
     trainer.save_state()

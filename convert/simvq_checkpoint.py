@@ -19,7 +19,6 @@ LPIPS and the discriminator are left behind. Before the folder gets its name the
 """
 
 import argparse
-import hashlib
 import pickle
 import sys
 from collections.abc import Collection
@@ -35,7 +34,7 @@ from transformers.image_utils import PILImageResampling
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python convert/simvq_checkpoint.py` from a clone
 
 from configuration_simvq_gan import SimVQGANConfig  # noqa: E402
-from eval.files import write_folder_whole  # noqa: E402
+from eval.files import sha256_of_files, write_folder_whole  # noqa: E402
 from image_processing_simvq import VQRAEImageProcessor  # noqa: E402
 from modeling_simvq_gan import SimVQGANModel  # noqa: E402
 
@@ -241,18 +240,10 @@ def model_card(config: SimVQGANConfig, name: str, checkpoint: Path, weights: str
         size=config.image_size,
         patch=config.decoder_patch_size,
         checkpoint=checkpoint.name,
-        digest=sha256(checkpoint),
+        digest=sha256_of_files(checkpoint),
         weights=WEIGHTS[weights],
     )
     return f"---\n{data.to_yaml()}\n---\n{text}"
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def convert(checkpoint: Path, config: Path, output_dir: Path, weights: str = "ema", license: str | None = None) -> None:

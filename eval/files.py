@@ -1,5 +1,6 @@
 """Writing files."""
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -33,3 +34,13 @@ def write_folder_whole(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(unfinished, path)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def sha256_of_files(*paths: Path) -> str:
+    """SHA-256 of the bytes of files, one after the other, a block at a time."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import InterpolationMode, center_crop, resize
 
+from eval.metrics import to_uint8
 from image_processing_simvq import VQRAEImageProcessor
 
 
@@ -113,7 +114,7 @@ class Protocol:
     def eight_bits(self, originals: torch.Tensor, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Originals, uint8, and reconstructions, nominally in [0, 1], as the metrics on 8 bits see them: both uint8."""
         if self.rounding == "nearest":
-            return originals, (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
+            return originals, to_uint8(pixels)
         if self.rounding == "down":
             return originals, (pixels.clamp(0, 1) * 255).to(torch.uint8)
         pair = (originals.double() / 127.5 - 1).float(), (pixels * 2 - 1).clamp(-1, 1)

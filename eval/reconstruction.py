@@ -39,6 +39,7 @@ if __name__ == "__main__":  # not this folder: its `lpips` is not the package of
 from eval.evaluation import Evaluation  # noqa: E402
 from eval.files import write_whole  # noqa: E402
 from eval.images import CroppedImages, collate_images, dataset_of_files, find_images, load_images, match_images  # noqa: E402
+from eval.metrics import to_uint8  # noqa: E402
 from eval.networks import load_networks, load_object, source_hash, weights_hash  # noqa: E402
 from eval.protocol import Protocol, names  # noqa: E402
 from eval.results import library_versions, update_model_card, write_results  # noqa: E402
@@ -71,10 +72,8 @@ class ModelReconstruction:
         output = self.model(pixels, return_loss=False)
         reconstructions, scores = output.decoded_pixel_values, {}
         if self.semantic_agreement:
-            seen = (reconstructions.clamp(0, 1) * 255).round() / 255
-            scores["semantic_agreement"] = cosine_per_image(
-                self.model.get_image_features(seen), output.last_hidden_state
-            )
+            seen = self.model.get_image_features(to_uint8(reconstructions) / 255)
+            scores["semantic_agreement"] = cosine_per_image(seen, output.last_hidden_state)
         if self.reference is not None:
             features = self.reference.get_image_features(pixels)
             scores["feature_cosine"] = cosine_per_image(output.last_hidden_state, features)
@@ -255,9 +254,11 @@ def main() -> None:
         real_files, fake_files = match_images(args.real, args.fake)
         data, fakes = dataset_of_files(real_files), dataset_of_files(fake_files)
         files = [*real_files, *fake_files]
+    elif Path(args.data).exists():
+        files = find_images(args.data)
+        data = dataset_of_files(files)
     else:
         data = load_images(args.data, args.split, args.dataset_config_name, args.image_column)
-        files = find_images(args.data) if Path(args.data).exists() else []
     if args.callable:
         function = load_object(args.callable)
         source = {"callable": args.callable, "source_sha256": source_hash(function)}

@@ -1,6 +1,5 @@
 """What an evaluation leaves: JSON, Markdown, a page of HTML, pictures, metadata of a model card."""
 
-import hashlib
 import html
 import importlib.metadata
 import json
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from huggingface_hub import EvalResult, ModelCard
 
-from eval.files import write_whole
+from eval.files import sha256_of_files, write_whole
 from eval.pictures import as_html, rows_of, save_rows
 
 
@@ -214,12 +213,8 @@ def evaluation_results(result: dict, file_hash: str | None = None) -> list[EvalR
 
 def weights_file_hash(folder: Path) -> str | None:
     """SHA-256 of a folder's `model*.safetensors`; `None` where there is none."""
-    digest, files = hashlib.sha256(), sorted(folder.glob("model*.safetensors"))
-    for path in files:
-        with path.open("rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
-    return digest.hexdigest() if files else None
+    files = sorted(folder.glob("model*.safetensors"))
+    return sha256_of_files(*files) if files else None
 
 
 def update_model_card(name_or_path: str, result: dict) -> None:

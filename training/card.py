@@ -134,7 +134,7 @@ def write_card(name: str, trainer, provenance: Provenance, folder: str | Path) -
     """Writes README.md, and the recipe that it names."""
     folder = Path(folder)
     if provenance.recipe:
-        write_whole(folder / RECIPE, lambda file: file.write_text(_recipe(provenance)))
+        write_recipe(provenance, folder)
     card = model_card(name, trainer, provenance)
     if (folder / "README.md").exists():  # numbers of an evaluation stay as long as the weights do
         own = weights_file_hash(folder)
