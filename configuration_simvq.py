@@ -88,6 +88,12 @@ class VQRAEConfig(ImageTokenizerConfig):
             returns one token per patch after its prefix tokens.
         encoder_input_size (`int`, *optional*, defaults to the encoder's own `image_size`):
             Side in pixels at which the encoder sees an image of `image_size` (RAE shows DINOv2 224 px of 256).
+        encoder_layers (`list[int]`, *optional*):
+            Layers of the encoder whose outputs are quantized: each normalised, then their mean; 0 is the patch
+            embedding, `num_hidden_layers` the last one. `None`: the last one alone, as in VQRAE. The last layers of a
+            self-supervised encoder have lost colour and texture, which the first ones still hold; tokens of both keep
+            both (DualToken, arXiv 2503.14324, quantizes the two apart). The continuous features are the last layer's
+            in any case.
         image_size (`int`, defaults to 256):
             Side in pixels of the images that go in and come out.
         decoder_patch_size (`int`, defaults to 16):
@@ -153,6 +159,7 @@ class VQRAEConfig(ImageTokenizerConfig):
 
     encoder_config: dict | PreTrainedConfig | None = None
     encoder_input_size: int | None = None
+    encoder_layers: list[int] | tuple[int, ...] | None = None
     decoder_patch_size: int = 16
     codebook_dim: int | None = None
     use_simvq: bool = True
@@ -176,6 +183,8 @@ class VQRAEConfig(ImageTokenizerConfig):
                 )
         if self.encoder_input_size is None:
             self.encoder_input_size = _side(encoder.image_size, "encoder_config.image_size")
+        if self.encoder_layers is not None:
+            self.encoder_layers = list(self.encoder_layers)
         if self.decoder_hidden_size is None:
             self.decoder_hidden_size = encoder.hidden_size
         if self.decoder_num_hidden_layers is None:
@@ -218,6 +227,11 @@ class VQRAEConfig(ImageTokenizerConfig):
         for name in ("decoder_layer_norm_eps", "noise_tau", "initializer_range"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        layers, deepest = self.encoder_layers, self.encoder_config.num_hidden_layers
+        if layers is not None and (
+            not layers or len(set(layers)) < len(layers) or not all(0 <= layer <= deepest for layer in layers)
+        ):
+            raise ValueError(f"encoder_layers must be different numbers from 0 to {deepest}, got {layers}.")
         if self.codebook_init == "kmeans" and not self.use_simvq:
             raise ValueError("codebook_init='kmeans' needs use_simvq=True.")
         if self.decoder_hidden_size % self.decoder_num_attention_heads:

@@ -286,10 +286,7 @@ class VectorQuantizer(nn.Module):
                 "of the encoder (fp16 overflows where bf16 does not)."
             )
         indices = nearest_codes(flat, *self._search_table())
-        if self._counts is None or self._counts.device != indices.device:
-            counts = torch.zeros(self.num_embeddings, dtype=torch.int64, device=indices.device)
-            self._counts = counts if self._counts is None else counts + self._counts.to(indices.device)
-        self._counts.index_add_(0, indices, torch.ones_like(indices))
+        self.count_codes(indices)
         return indices
 
     def _search_table(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -349,6 +346,14 @@ class VectorQuantizer(nn.Module):
             )
         with torch.autocast(device_type=indices.device.type, enabled=False):
             return self.project(F.embedding(indices.long(), self.embedding.weight).float())
+
+    def count_codes(self, indices: torch.Tensor) -> None:
+        """Counts tokens (int64, of any shape) that did not come from `forward`, which counts its own."""
+        indices = indices.flatten()
+        if self._counts is None or self._counts.device != indices.device:
+            counts = torch.zeros(self.num_embeddings, dtype=torch.int64, device=indices.device)
+            self._counts = counts if self._counts is None else counts + self._counts.to(indices.device)
+        self._counts.index_add_(0, indices, torch.ones_like(indices))
 
     def get_codebook_counts(self) -> torch.Tensor:
         """(num_embeddings,) int64: tokens that each code has been given since `reset_codebook_usage`, on this rank."""
@@ -753,7 +758,8 @@ class ImageTokenizer(PreTrainedModel):
         self.eval()
         for batch in batches:
             pixels = batch if isinstance(batch, torch.Tensor) else batch["pixel_values"]
-            latents = self.project_in(self.get_image_features(pixels.to(device))).flatten(0, 1).float()
+            _, latents = self._features_and_latents(pixels.to(device))
+            latents = latents.flatten(0, 1).float()
             # reservoir sampling (Vitter 1985, algorithm R): the i-th latent takes a random place of i, if it exists
             position = torch.arange(seen, seen + len(latents))
             place = torch.where(
@@ -803,15 +809,23 @@ class ImageTokenizer(PreTrainedModel):
                 )
         return self._grid_of(pixel_values)
 
-    def _image_features(self, pixel_values: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """Checked pixels in [0, 1] and their grid -> (B, h * w, width)."""
+    def _image_features(self, pixel_values: torch.Tensor, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Checked pixels in [0, 1] and their grid -> continuous features, and what of them is projected and quantized,
+        (B, h * w, width) both."""
         raise NotImplementedError
+
+    def _features_and_latents(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Continuous features (B, h * w, width), and latents as they are quantized (B, h * w, `latent_size`)."""
+        grid = self._grid(pixel_values)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_encoder):
+            features, latents = self._image_features(pixel_values, grid)
+        return features, self.project_in(latents)
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Continuous features, for understanding: (B, channels, H, W) in [0, 1] -> (B, h * w, width), row by row."""
         grid = self._grid(pixel_values)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_encoder):
-            return self._image_features(pixel_values, grid)
+            return self._image_features(pixel_values, grid)[0]
 
     def _normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         return (pixels - self._channels(self.config.image_mean, pixels)) / self._channels(self.config.image_std, pixels)
@@ -830,8 +844,8 @@ class ImageTokenizer(PreTrainedModel):
         Raises:
             ValueError: another shape, dtype or range; or, in eval mode, features that are not finite.
         """
-        features = self.get_image_features(pixel_values)
-        quantized, embedding_loss, tokens = self.quantizer(self.project_in(features))
+        features, latents = self._features_and_latents(pixel_values)
+        quantized, embedding_loss, tokens = self.quantizer(latents)
         return VQRAEEncoderOutput(
             last_hidden_state=features,
             quantized_last_hidden_state=self.project_out(quantized),
@@ -843,6 +857,15 @@ class ImageTokenizer(PreTrainedModel):
         patch = self.config.decoder_patch_size
         return pixel_values.shape[2] // patch, pixel_values.shape[3] // patch
 
+    def _latents_of(self, image_tokens: torch.Tensor) -> torch.Tensor:
+        """(B, h, w) tokens -> (B, h * w, width), as the decoder takes them."""
+        if image_tokens.ndim != 3 or not image_tokens.numel():
+            raise ValueError(
+                f"image_tokens must be (B, h, w), got {tuple(image_tokens.shape)}: view a flat sequence of h * w "
+                "tokens as its grid first."
+            )
+        return self.project_out(self.quantizer.get_codebook_entry(image_tokens.flatten(1)).to(self.dtype))
+
     def decode(self, image_tokens: torch.Tensor) -> VQRAEDecoderOutput:
         """Tokens to images.
 
@@ -852,13 +875,7 @@ class ImageTokenizer(PreTrainedModel):
         Raises:
             ValueError: another shape, or an index outside the codebook.
         """
-        if image_tokens.ndim != 3 or not image_tokens.numel():
-            raise ValueError(
-                f"image_tokens must be (B, h, w), got {tuple(image_tokens.shape)}: view a flat sequence of h * w "
-                "tokens as its grid first."
-            )
-        codes = self.quantizer.get_codebook_entry(image_tokens.flatten(1)).to(self.dtype)
-        return self.decode_latents(self.project_out(codes), grid=tuple(image_tokens.shape[1:]))
+        return self.decode_latents(self._latents_of(image_tokens), grid=tuple(image_tokens.shape[1:]))
 
     def decode_latents(
         self, quantized_last_hidden_state: torch.Tensor, grid: tuple[int, int] | None = None
@@ -893,19 +910,38 @@ class ImageTokenizer(PreTrainedModel):
         """(B, h, w) -> (B, 3, H, W), float32; `decode(...).decoded_pixel_values`."""
         return self.decode(image_tokens).decoded_pixel_values
 
-    def forward(self, pixel_values: torch.Tensor, return_loss: bool | None = None) -> VQRAEOutput:
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        image_tokens: torch.Tensor | None = None,
+        return_loss: bool | None = None,
+    ) -> VQRAEOutput:
         """Encodes and decodes.
 
         Args:
             pixel_values: as in `encode`.
+            image_tokens: (B, h, w), the tokens of these pixels where they are known. Neither encoder nor search runs,
+                and the output has no `embedding_loss` and no `last_hidden_state`.
             return_loss: `False` leaves `loss` and `reconstruction_loss` out, for those who compute their own.
+
+        Raises:
+            ValueError: as `encode` and `decode`; or tokens of another grid than that of the pixels.
         """
-        encoded = self.encode(pixel_values)
+        if image_tokens is None:
+            encoded = self.encode(pixel_values)
+        else:
+            grid = len(pixel_values), *self._grid(pixel_values)
+            if image_tokens.shape != grid:
+                raise ValueError(f"image_tokens are {tuple(image_tokens.shape)}, the pixels need {grid}.")
+            encoded = VQRAEEncoderOutput(
+                quantized_last_hidden_state=self._latents_of(image_tokens), image_tokens=image_tokens
+            )
         decoded = self.decode_latents(encoded.quantized_last_hidden_state, self._grid_of(pixel_values))
         loss = reconstruction_loss = None
         if return_loss is not False:
-            reconstruction_loss = F.mse_loss(decoded.decoded_pixel_values, pixel_values.float())
-            loss = reconstruction_loss + encoded.embedding_loss
+            loss = reconstruction_loss = F.mse_loss(decoded.decoded_pixel_values, pixel_values.float())
+            if encoded.embedding_loss is not None:
+                loss = reconstruction_loss + encoded.embedding_loss
         return VQRAEOutput(loss=loss, reconstruction_loss=reconstruction_loss, **decoded, **encoded)
 
 
@@ -1055,7 +1091,7 @@ class VQRAEModel(ImageTokenizer):
         model.encoder.load_state_dict({name: weights[name] for name in own})
         return model
 
-    def _image_features(self, pixel_values: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    def _image_features(self, pixel_values: torch.Tensor, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         height, width = grid
         patch = self.config.encoder_patch_size
         kwargs = {"interpolate_pos_encoding": True} if self._interpolates else {}
@@ -1067,14 +1103,24 @@ class VQRAEModel(ImageTokenizer):
         if self.encoder.config.model_type == "vit_mae":  # ascending noise: patches stay in their order
             noise = torch.arange(height * width, device=pixel_values.device, dtype=torch.float32)
             kwargs["noise"] = noise.expand(len(pixel_values), -1)
-        hidden_states = self.encoder(pixel_values.to(self.encoder.dtype), **kwargs).last_hidden_state
-        if hidden_states.shape[1] < height * width:
-            raise ValueError(
-                f"The encoder '{self.encoder.config.model_type}' gives {hidden_states.shape[1]} tokens for a grid "
-                f"of {height} x {width}: it does not give one token per patch."
-            )
-        # prefix tokens (cls, registers) come first
-        return self.encoder_norm(hidden_states[:, -height * width :])
+        layers = self.config.encoder_layers
+        if layers:
+            kwargs["output_hidden_states"] = True
+        outputs = self.encoder(pixel_values.to(self.encoder.dtype), **kwargs)
+
+        def patches(hidden_states: torch.Tensor) -> torch.Tensor:
+            if hidden_states.shape[1] < height * width:
+                raise ValueError(
+                    f"The encoder '{self.encoder.config.model_type}' gives {hidden_states.shape[1]} tokens for a grid "
+                    f"of {height} x {width}: it does not give one token per patch."
+                )
+            # prefix tokens (cls, registers) come first
+            return self.encoder_norm(hidden_states[:, -height * width :])
+
+        features = patches(outputs.last_hidden_state)
+        if not layers:
+            return features, features
+        return features, torch.stack([patches(outputs.hidden_states[layer]) for layer in layers]).mean(0)
 
 
 VQRAEModel.register_for_auto_class("AutoModel")

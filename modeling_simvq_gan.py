@@ -146,9 +146,9 @@ class SimVQGANModel(ImageTokenizer):
     def last_layer(self) -> nn.Parameter:
         return self.decoder.conv_out.weight
 
-    def _image_features(self, pixel_values: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        latents = self.encoder(self._normalize(pixel_values).to(self.dtype))
-        return latents.flatten(2).transpose(1, 2)
+    def _image_features(self, pixel_values: torch.Tensor, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        latents = self.encoder(self._normalize(pixel_values).to(self.dtype)).flatten(2).transpose(1, 2)
+        return latents, latents
 
 
 SimVQGANModel.register_for_auto_class("AutoModel")

@@ -40,6 +40,14 @@ class VQRAETrainingArguments(TrainingArguments):
     quantizer_lr_multiplier: float = field(
         default=1.0, metadata={"help": "Learning rate of the quantizer, as a multiple of --learning_rate."}
     )
+    token_passes: int = field(
+        default=0,
+        metadata={
+            "help": "Stage 1 without a learnable projection: crop and tokenize every training image so many times "
+            "before training (kept in output_dir/tokens), and train the decoder alone, on these. Epoch e has the crops "
+            "of pass e modulo token_passes. 0: off, encoder and quantizer run in every step."
+        },
+    )
     encoder_learning_rate: float | None = field(
         default=None,
         metadata={"help": "Of an encoder that is trained. Default: 1e-5 in --stage 2, else --learning_rate."},
@@ -124,6 +132,8 @@ class VQRAETrainingArguments(TrainingArguments):
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got '{getattr(self, name)}'.")
+        if self.token_passes < 0:
+            raise ValueError(f"token_passes must not be negative, got {self.token_passes}.")
         if self.max_nonfinite_steps < 1:
             raise ValueError(f"max_nonfinite_steps must be at least 1, got {self.max_nonfinite_steps}.")
         if self.gan_weight and self.mixed_precision == "fp16":

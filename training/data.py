@@ -81,7 +81,9 @@ class TrainTransform:
         self, image_size: int, min_crop_area: float, seed: int = 0, skipped_list: str | Path | None = None
     ) -> None:
         self.image_size = image_size
+        self.min_crop_area = min_crop_area
         self.seed = seed
+        self.tokens = None  # (passes, images, h, w), see `tokenize_crops`
         self.skipped_list = None if skipped_list is None else Path(skipped_list)
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by workers that already run
         self.processor = VQRAEImageProcessor.for_image_size(image_size)
@@ -98,8 +100,8 @@ class TrainTransform:
         self._reported = set()
 
     def set_epoch(self, epoch: int) -> None:
-        """Other crops from here on."""
-        self.epoch.fill_(epoch)
+        """Other crops from here on; with tokens, those of one of their passes."""
+        self.epoch.fill_(epoch if self.tokens is None else epoch % len(self.tokens))
 
     def count_skipped(self) -> int:
         """Images in the list, whichever process or run wrote them."""
@@ -134,7 +136,10 @@ class TrainTransform:
         crops = [self._crop(record) for record in batch["image"]]
         readable = [crop for crop in crops if crop is not None]
         substitutes = itertools.cycle(readable or [torch.full((3, self.image_size, self.image_size), 0.5)])
-        return {"pixel_values": [next(substitutes) if crop is None else crop for crop in crops]}
+        items = {"pixel_values": [next(substitutes) if crop is None else crop for crop in crops]}
+        if self.tokens is not None:
+            items["image_tokens"] = list(self.tokens[self.epoch, batch["row"]].long())
+        return items
 
 
 class EvalTransform:
@@ -156,5 +161,5 @@ def with_pixels(dataset, transform):
 
 
 def collate(items: list[dict]) -> dict[str, torch.Tensor]:
-    """Items with `pixel_values` (3, H, W) -> (B, 3, H, W)."""
-    return {"pixel_values": torch.stack([torch.as_tensor(item["pixel_values"]) for item in items])}
+    """Items with `pixel_values` (3, H, W), and `image_tokens` (h, w) if they are known -> batches of them."""
+    return {name: torch.stack([torch.as_tensor(item[name]) for item in items]) for name in items[0]}

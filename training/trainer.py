@@ -9,6 +9,7 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
+import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,7 @@ from training.ema import EMA, load_raw
 from training.hub import export_checkpoint
 from training.losses import ReconstructionLoss, WithGradient, adaptive_weight
 from training.sharding import load_whole, local_part, prepare_for_fsdp, rename_sharded, reshard
+from training.tokens import tokenize_crops
 
 
 logger = logging.get_logger(__name__)
@@ -149,6 +151,9 @@ class VQRAETrainer(Trainer):
             raise ValueError("DeepSpeed is not supported: `accelerate launch --multi_gpu` (DDP) and FSDP are.")
         self.add_callback(SaveModelingCode())
         self.train_transform = train_transform
+        if args.token_passes:
+            self._check_token_passes()
+            model.quantizer.requires_grad_(False)  # other codes would need other tokens
         self.provenance = provenance or Provenance()
         if train_transform:
             self.add_callback(EpochOfCrops(train_transform))
@@ -173,6 +178,21 @@ class VQRAETrainer(Trainer):
         self._collapse_reported = False
         self._step_is_finite, self._nonfinite_steps, self._nonfinite_in_a_row = True, 0, 0
         self._last_log = None  # time and step
+
+    def _check_token_passes(self) -> None:
+        """Tokens that are computed once are those of every step only where nothing in front of them is trained. W and
+        b of SimVQ need not be: k-means is a fixed point of the quantizer's loss, see `SimVQ.fit`."""
+        model, reason = self.model, None
+        if not model.config.freeze_encoder:
+            reason = "the encoder is trained (stage 2)"
+        elif next(model.project_in.parameters(), None) is not None:
+            reason = "a learnable projection is in front of the quantizer (codebook_dim)"
+        elif not isinstance(self.train_dataset, datasets.Dataset) or self.train_transform is None:
+            reason = "the training images are a stream, or come without a TrainTransform"
+        elif self.accelerator.num_processes > 1:
+            reason = f"there are {self.accelerator.num_processes} processes, and tokens are computed by one"
+        if reason:
+            raise ValueError(f"token_passes cannot be used: {reason}. Leave it out, and encoder and quantizer run.")
 
     def _build_reconstruction_loss(self) -> ReconstructionLoss:
         """On every process the same terms: where one cannot have the weights, none uses them."""
@@ -252,6 +272,18 @@ class VQRAETrainer(Trainer):
         elif config.codebook_init == "kmeans" and config.codebook_init_latents is None:
             self.initialize_codebook()
         self._check_codebook()
+        if self.args.token_passes:
+            if resume_from_checkpoint:
+                self._load_from_checkpoint(checkpoint)  # the codes that the run started with
+            self.train_dataset = tokenize_crops(
+                self.model.to(self.args.device),
+                self.train_dataset,
+                self.train_transform,
+                self.args.token_passes,
+                Path(self.args.output_dir) / "tokens",
+                self.args.eval_batch_size,
+                self.args.dataloader_num_workers,
+            )
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _check_codebook(self) -> None:
@@ -582,7 +614,7 @@ class VQRAETrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         pixels = inputs["pixel_values"]
-        outputs = model(pixels, return_loss=False)
+        outputs = model(pixels, image_tokens=inputs.get("image_tokens"), return_loss=False)
         reconstruction = outputs.decoded_pixel_values
         if not torch.is_grad_enabled():
             loss, _ = self.reconstruction_loss(reconstruction, pixels)
@@ -613,8 +645,11 @@ class VQRAETrainer(Trainer):
             loss = loss + weight * adversarial.detach()
             terms["gan"] = adversarial
         loss = WithGradient.apply(reconstruction, loss, direction)
-        loss = loss + self.args.vq_weight * outputs.embedding_loss
-        terms["vq"] = outputs.embedding_loss
+        if outputs.embedding_loss is None:  # the tokens were known
+            self.accelerator.unwrap_model(model).quantizer.count_codes(outputs.image_tokens)
+        else:
+            loss = loss + self.args.vq_weight * outputs.embedding_loss
+            terms["vq"] = outputs.embedding_loss
         if self.teacher:
             with torch.no_grad(), self.accelerator.autocast():
                 target = self.teacher.get_image_features(pixels)

@@ -1,0 +1,84 @@
+"""Tokens of the training crops, computed once."""
+
+import hashlib
+import json
+import zlib
+from pathlib import Path
+
+import datasets
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from eval.files import write_whole
+from modeling_simvq import ImageTokenizer
+from training.data import TrainTransform, collate
+
+
+def tokenize_crops(
+    model: ImageTokenizer,
+    dataset: datasets.Dataset,
+    transform: TrainTransform,
+    passes: int,
+    folder: Path,
+    batch_size: int,
+    num_workers: int = 0,
+) -> datasets.Dataset:
+    """The dataset with the tokens of its crops as `image_tokens`, beside their `pixel_values`.
+
+    Every image is cropped `passes` times, and every crop is tokenized, before this returns; a pass is a file of
+    `folder`, and a pass that is there already, of the same weights, images and crops, is not computed again. Crops are
+    not stored: the transform makes the crop of a pass from its number, and epoch `e` of training has those of pass
+    `e % passes`.
+
+    Args:
+        model: its encoder, projection and quantizer must not change afterwards.
+        dataset: with a column `image`, see `load_images`. Here an image that cannot be read is an error.
+        transform: of the dataset; is told where the tokens are.
+        passes: number of crops of each image.
+        folder: where the tokens are kept, two or four bytes each.
+        batch_size: images a batch.
+        num_workers: processes that read images.
+
+    Raises:
+        ValueError: an image that cannot be read.
+    """
+    names = [
+        Path(record["path"]).name if record["path"] else zlib.crc32(record["bytes"])
+        for record in dataset.with_format(None)["image"]
+    ]
+    digest = hashlib.sha256(json.dumps([names, transform.image_size, transform.seed, transform.min_crop_area]).encode())
+    for part in (model.encoder, model.quantizer):
+        for tensor in part.state_dict().values():
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
+    made_from = {"made_from": digest.hexdigest()}
+    dtype = torch.int16 if model.config.codebook_size <= 2**15 else torch.int32
+
+    transform.skipped_list = None  # no other image in its place: the tokens would be of this one
+    rows = dataset.with_format(None).add_column("row", list(range(len(dataset)))).with_transform(transform)
+    loader = DataLoader(rows, batch_size, collate_fn=collate, num_workers=num_workers)
+    was_training = model.training
+    model.eval()
+    tokens = []
+    for number in range(passes):
+        file = folder / f"pass-{number:04d}.safetensors"
+        if file.is_file():
+            with safe_open(file, "pt") as stored:
+                if stored.metadata() == made_from:
+                    tokens.append(stored.get_tensor("image_tokens"))
+                    continue
+        transform.set_epoch(number)
+        with torch.inference_mode(), tqdm(total=len(rows), unit="image", desc=f"Tokens, {number + 1}/{passes}") as bar:
+            parts = []
+            for batch in loader:
+                parts.append(model.get_image_tokens(batch["pixel_values"].to(model.device)).to(dtype).cpu())
+                bar.update(len(parts[-1]))
+        tokens.append(torch.cat(parts))
+        content = {"image_tokens": tokens[-1]}
+        write_whole(file, lambda path, content=content: save_file(content, path, metadata=made_from))
+    model.train(was_training)
+    model.quantizer.reset_codebook_usage()  # the log counts what is trained on
+    transform.tokens = torch.stack(tokens)
+    return rows
