@@ -5,7 +5,7 @@ from configuration_simvq import VQRAEConfig
 
 
 def test_json_round_trip(tmp_path):
-    config = tiny_config(codebook_dim=8, image_mean=[0.1, 0.2, 0.3], noise_tau=0.5)
+    config = tiny_config(codebook_dim=8, image_mean=[0.1, 0.2, 0.3], noise_tau=0.5, encoder_layers=(0, 2))
     config.save_pretrained(tmp_path)
     assert VQRAEConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
 
@@ -32,6 +32,9 @@ def test_default_is_a_siglip_encoder_with_16384_codes_and_a_symmetric_decoder():
         ({"image_mean": [0.5]}, ("1", "3")),
         ({"image_std": [0.5, 0, 0.5]}, ("image_std", "0")),
         ({"commitment_cost": -0.25}, ("commitment_cost", "-0.25")),
+        ({"encoder_layers": []}, ("0 to 2", "[]")),
+        ({"encoder_layers": [1, 3]}, ("0 to 2", "[1, 3]")),
+        ({"encoder_layers": [1, 1]}, ("0 to 2", "[1, 1]")),
     ],
 )
 def test_impossible_combinations_name_both_numbers(fields, numbers):

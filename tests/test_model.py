@@ -58,6 +58,54 @@ def test_features_are_the_encoders_patch_tokens_without_the_norms_affine(model_t
         torch.testing.assert_close(model.get_image_features(x), expected, atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("model_type", ["siglip_vision_model", "dinov2", "dinov3_vit", "vit_mae", "internvl_vision"])
+def test_several_layers_are_quantized_as_the_mean_of_their_normalised_outputs(model_type, pixels):
+    """Layers caught by hooks; the continuous features stay those of the last one."""
+    torch.manual_seed(0)
+    model = VQRAEModel(tiny_config(model_type, encoder_layers=[1, 2])).eval()
+    (layers,) = [m for m in model.encoder.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 2]
+    caught = {}
+    for number, layer in enumerate(layers, 1):
+
+        def keep(module, inputs, output, number=number):
+            hidden = (output[0] if isinstance(output, tuple) else output)[:, -16:]
+            caught[number] = torch.nn.functional.layer_norm(hidden, hidden.shape[-1:], eps=model.encoder_norm.eps)
+
+        layer.register_forward_hook(keep)
+    with torch.no_grad():
+        encoded = model.encode(pixels)
+        mean = (caught[1] + caught[2]) / 2
+        tokens = model.quantizer(mean)[2]
+        alone = VQRAEModel(tiny_config(model_type, encoder_layers=[2])).eval()
+        alone.load_state_dict(model.state_dict())
+        torch.testing.assert_close(alone.encode(pixels).last_hidden_state, caught[2])
+        assert torch.equal(alone.get_image_tokens(pixels).flatten(1), alone.quantizer(caught[2])[2])
+    torch.testing.assert_close(encoded.last_hidden_state, caught[2])
+    assert torch.equal(encoded.image_tokens.flatten(1), tokens)
+    if model_type not in ("dinov3_vit", "internvl_vision"):  # whose random layers hardly change anything
+        assert not torch.equal(encoded.image_tokens, alone.get_image_tokens(pixels))
+
+
+def test_the_patch_embedding_is_layer_0(pixels):
+    model = VQRAEModel(tiny_config(encoder_layers=[0])).eval()
+    with torch.no_grad():
+        embedded = model.encoder_norm(model.encoder.embeddings(model._normalize(pixels))[:, 1:])
+        torch.testing.assert_close(model._features_and_latents(pixels)[1], embedded)
+
+
+def test_known_tokens_take_the_place_of_encoder_and_search(tiny_model, pixels, monkeypatch):
+    tiny_model.eval()
+    tokens = tiny_model.get_image_tokens(pixels)
+    expected = tiny_model(pixels)
+    monkeypatch.setattr(tiny_model.encoder, "forward", None)
+    output = tiny_model(pixels, image_tokens=tokens)
+    assert torch.equal(output.decoded_pixel_values, expected.decoded_pixel_values)
+    assert output.loss == output.reconstruction_loss == expected.reconstruction_loss
+    assert output.embedding_loss is None and output.last_hidden_state is None
+    with pytest.raises(ValueError, match=r"\(2, 3, 4\).*\(2, 4, 4\)"):
+        tiny_model(pixels, image_tokens=tokens[:, :3])
+
+
 def test_thin_helpers_agree_with_encode_and_decode(tiny_model, pixels):
     tiny_model.eval()
     encoded = tiny_model.encode(pixels)

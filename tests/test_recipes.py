@@ -42,8 +42,15 @@ def test_recipe_runs_two_steps(recipe, tiny_networks, tmp_path, image_folder, mo
     options = json.loads(recipe.read_text())
     weights = ("l1_weight", "l2_weight", "lpips_weight", "convnext_weight", "gan_weight", "distillation_weight")
     asked_for = {name.removesuffix("_weight") for name in weights if options.get(name)}
-    fields = {name: value for name, value in options.get("model_config", {}).items() if name == "codebook_dim"}
-    fields = {name: 16 for name in fields} | {"codebook_size": 64, "decoder_num_hidden_layers": 1}
+    fields = {
+        name: value
+        for name, value in options.get("model_config", {}).items()
+        if name in ("codebook_dim", "encoder_layers")
+    }
+    fields = {name: 16 if name == "codebook_dim" else [1, 2] for name in fields} | {
+        "codebook_size": 64,
+        "decoder_num_hidden_layers": 1,
+    }
     if "encoder_config" in options.get("model_config", {}):
         fields |= {"encoder_config": encoder_config("vit"), "decoder_patch_size": 8, "image_size": 32}
         fields["freeze_encoder"] = options["model_config"]["freeze_encoder"]
@@ -54,7 +61,7 @@ def test_recipe_runs_two_steps(recipe, tiny_networks, tmp_path, image_folder, mo
         "per_device_eval_batch_size": 4, "dataloader_num_workers": 0, "logging_steps": 1, "eval_steps": 2,
         "save_steps": 2, "report_to": "none", "use_cpu": True, "max_eval_samples": 2,
     }  # fmt: skip
-    if "encoder_name_or_path" in options or recipe.stem == "dinov2_small_128_stage1":
+    if "encoder_name_or_path" in options or recipe.stem in ("dinov2_small_128_stage1", "vqrae_dinov2_small_stage1"):
         tiny["encoder_name_or_path"] = str(tiny_networks / "encoder")
     if "model_name_or_path" in options:
         tiny["model_name_or_path"] = str(tiny_networks / "stage1")

@@ -1,0 +1,106 @@
+"""Stage 1 on tokens that are computed once."""
+
+import copy
+
+import pytest
+import torch
+from conftest import tiny_config
+from test_training import make_trainer
+
+from modeling_simvq import VQRAEModel
+
+
+def stage1(**overrides) -> VQRAEModel:
+    torch.manual_seed(0)
+    return VQRAEModel(tiny_config(codebook_init="kmeans", **overrides))
+
+
+def trained(model, folder, output_dir, **overrides):
+    """12 images are 3 steps an epoch."""
+    trainer = make_trainer(model, folder, output_dir, seed=1, max_grad_norm=0.0, **{"max_steps": 9, **overrides})
+    trainer.train(resume_from_checkpoint=overrides.get("save_strategy") == "no" or None)
+    return trainer
+
+
+def same(a: dict, b: dict) -> bool:
+    return all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
+
+
+def test_decoder_learns_what_it_learns_beside_a_frozen_quantizer(tmp_path, image_folder):
+    """Three epochs of three passes meet the crops of a run whose encoder and quantizer run in every step."""
+    start = stage1()
+    known = trained(copy.deepcopy(start), image_folder, tmp_path / "known", token_passes=3)
+    usual = trained(copy.deepcopy(start), image_folder, tmp_path / "usual", quantizer_lr_multiplier=0.0, vq_weight=0.0)
+    assert same(known.model.state_dict(), usual.model.state_dict())
+    assert not same(known.model.decoder.state_dict(), start.decoder.state_dict())
+    for log, other in zip(known.state.log_history, usual.state.log_history):
+        for name in ("loss", "codebook_utilization", "codebook_perplexity", "codebook_tokens"):
+            if name in log:
+                assert log[name] == pytest.approx(other[name], rel=1e-4), name
+    assert "loss_vq" not in known.state.log_history[0]
+
+
+def test_codes_stay_where_they_began_and_the_model_is_whole(tmp_path, image_folder, pixels):
+    trainer = trained(stage1(), image_folder, tmp_path / "out", token_passes=1, weight_decay=0.1)
+    fitted = stage1()
+    make_trainer(fitted, image_folder, tmp_path / "fitted", seed=1).initialize_codebook()
+    assert same(trainer.model.quantizer.state_dict(), fitted.quantizer.state_dict())
+    trainer.save_model(str(tmp_path / "saved"))
+    model = VQRAEModel.from_pretrained(tmp_path / "saved")
+    assert model.quantizer.embedding_proj.weight.requires_grad  # stage 2 trains it
+    assert torch.equal(model.eval().get_image_tokens(pixels), trainer.model.eval().get_image_tokens(pixels))
+
+
+def test_epochs_take_turns_with_the_passes(tmp_path, image_folder):
+    trainer = trained(stage1(), image_folder, tmp_path / "out", token_passes=2, max_steps=1)
+    items = []
+    for epoch in (0, 1, 2, 3):
+        trainer.train_transform.set_epoch(epoch)
+        items.append(trainer.train_dataset[:12])
+        pixels = torch.stack(items[-1]["pixel_values"])
+        assert torch.equal(trainer.model.eval().get_image_tokens(pixels), torch.stack(items[-1]["image_tokens"]))
+    for name in ("pixel_values", "image_tokens"):
+        first, second, third, fourth = (torch.stack(item[name]) for item in items)
+        assert torch.equal(first, third) and torch.equal(second, fourth) and not torch.equal(first, second)
+
+
+def test_a_resumed_run_equals_the_whole_and_tokenizes_nothing_again(tmp_path, image_folder, monkeypatch):
+    options = {"token_passes": 2, "save_steps": 5, "lr_scheduler_type": "constant"}
+    whole = trained(stage1(), image_folder, tmp_path / "whole", **options)
+    trained(stage1(), image_folder, tmp_path / "parts", **{**options, "max_steps": 5})
+    other = VQRAEModel(tiny_config(codebook_init="kmeans"))  # all that counts is in the checkpoint
+    monkeypatch.setattr(VQRAEModel, "get_image_tokens", None)
+    resumed = trained(other, image_folder, tmp_path / "parts", **{**options, "save_strategy": "no"})
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("what", ["codes", "images", "crops"])
+def test_tokens_of_something_else_are_computed_anew(tmp_path, image_folder, what):
+    trained(stage1(), image_folder, tmp_path / "out", token_passes=1, max_steps=1)
+    model, options = stage1(), {"token_passes": 1, "max_steps": 1}
+    if what == "codes":
+        model = VQRAEModel(tiny_config())
+    elif what == "images":
+        next(image_folder.iterdir()).rename(image_folder / "e-0.png")
+    trainer = make_trainer(model, image_folder, tmp_path / "out", seed=1, **options)
+    if what == "crops":
+        trainer.train_transform.seed = 5
+    trainer.train()
+    item = trainer.train_dataset[:12]
+    expected = trainer.model.eval().get_image_tokens(torch.stack(item["pixel_values"]))
+    assert torch.equal(torch.stack(item["image_tokens"]), expected)
+
+
+def test_an_image_that_cannot_be_read_is_named_before_training(tmp_path, image_folder):
+    (image_folder / "b-9.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="b-9.png"):
+        trained(VQRAEModel(tiny_config()), image_folder, tmp_path / "out", token_passes=1)
+
+
+@pytest.mark.parametrize(
+    "fields, reason", [({"freeze_encoder": False}, "encoder is trained"), ({"codebook_dim": 8}, "projection")]
+)
+def test_refused_where_tokens_would_change(tmp_path, image_folder, fields, reason):
+    with pytest.raises(ValueError, match=reason):
+        make_trainer(VQRAEModel(tiny_config(**fields)), image_folder, tmp_path, token_passes=1)
