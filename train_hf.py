@@ -83,6 +83,10 @@ class ModelArguments:
             "help": "Licence of the resulting weights for the model card, e.g. apache-2.0 (default: the model's)."
         },
     )
+    card_notes: str | None = field(
+        default=None,
+        metadata={"help": "A Markdown file for the model card: where the images are from, under which licences, ..."},
+    )
 
     def __post_init__(self):
         if isinstance(self.model_config, str):
@@ -91,6 +95,8 @@ class ModelArguments:
             raise ValueError("Pass --encoder_name_or_path or --model_name_or_path, not both.")
         if not (self.encoder_name_or_path or self.model_name_or_path or self.model_config):
             raise ValueError("Pass --encoder_name_or_path, --model_name_or_path or --model_config.")
+        if self.card_notes and not Path(self.card_notes).is_file():
+            raise ValueError(f"card_notes: there is no file {self.card_notes}.")
         if self.stage not in (None, 1, 2):
             raise ValueError(f"stage must be 1 or 2, got {self.stage}.")
 
@@ -246,6 +252,7 @@ def main() -> None:
         num_train_images=None if isinstance(train, IterableDataset) else len(train),
         recipe=given_options(arguments, model_args, data_args, training_args),
         license=model_args.license,
+        notes=Path(model_args.card_notes).read_text() if model_args.card_notes else None,
     )
     transform = TrainTransform(size, data_args.min_crop_area, training_args.seed, skipped_list)
     trainer = VQRAETrainer(

@@ -137,7 +137,7 @@ def training_step(codes: int):
     """A step of the quick-start model with AdamW, batch 32 at 64 px."""
     from modeling_simvq import VQRAEConfig, VQRAEModel
 
-    recipe = json.loads((ROOT / "configs" / "quickstart.json").read_text())
+    recipe = json.loads((ROOT / "configs" / "from_scratch_64.json").read_text())
     torch.manual_seed(0)
     model = VQRAEModel(VQRAEConfig(**{**recipe["model_config"], "codebook_size": codes})).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)

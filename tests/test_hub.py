@@ -293,12 +293,16 @@ def test_the_card_tells_what_the_run_did_and_its_code_runs(hub, tmp_path, image_
     torch.manual_seed(0)
     VQRAEModel(tiny_config(freeze_encoder=True)).save_pretrained(parent)
     VQRAEImageProcessor.for_image_size(32).save_pretrained(parent)
-    (parent / "README.md").write_text("---\nlicense: cc-by-4.0\nbase_model: facebook/dinov2-small\n---\n# Parent\n")
+    (parent / "README.md").write_text(
+        "---\nlicense: cc-by-4.0\nbase_model: facebook/dinov2-small\n---\n# Parent\n"
+        "## Training\n\n9 steps of before.\n\nHeld-out images after step 9:\n\n## Limits\n"
+    )
+    (tmp_path / "notes.md").write_text("## Images\n\nPainted by hand.\n")
     options = [
         "--stage", "2", "--model_name_or_path", "parent", "--train_data", str(image_folder), "--eval_data",
         str(image_folder), "--output_dir", "child", "--max_steps", "3", "--eval_strategy", "steps", "--eval_steps", "3",
         "--logging_steps", "1", "--per_device_train_batch_size", "4", "--lpips_weight", "0", "--report_to", "none",
-        "--use_cpu", "--seed", "7", "--hub_token", "hf_secret",
+        "--use_cpu", "--seed", "7", "--hub_token", "hf_secret", "--card_notes", "notes.md",
     ]  # fmt: skip
     run([str(ROOT / "train_hf.py"), *options], tmp_path, **hub.environment)
     card = ModelCard.load(tmp_path / "child" / "README.md")
@@ -312,9 +316,12 @@ def test_the_card_tells_what_the_run_did_and_its_code_runs(hub, tmp_path, image_
         "distillation 1",
         "One image of 32 px becomes 16 tokens",
         "Held-out images after step 3",
-        "encoder trained",
+        "minutes on",
+        "Before that, `parent`: 9 steps of before.",
+        "## Images\n\nPainted by hand.",
     ):
         assert fact in card.text, fact
+    assert "step 9" not in card.text  # numbers of other weights
     assert str(tmp_path) not in card.text and "GAN" not in card.text and "k-means" not in card.text
     recipe = (tmp_path / "child" / "training_recipe.json").read_text()
     assert "hf_secret" not in recipe and str(tmp_path) not in recipe and json.loads(recipe)["seed"] == 7

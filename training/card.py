@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
@@ -47,7 +48,7 @@ with torch.no_grad():
 {training}
 
 {measured}
-
+{notes}
 ## Limits
 
 {limits}
@@ -69,6 +70,7 @@ class Provenance:
         num_train_images: how many, where that is known.
         recipe: all options that were given, by name.
         license: of the resulting weights, as the hub writes it ("apache-2.0"); of the parent, where not given.
+        notes: Markdown for the card, `--card_notes`.
     """
 
     encoder: str | None = None
@@ -77,6 +79,7 @@ class Provenance:
     num_train_images: int | None = None
     recipe: dict = field(default_factory=dict)
     license: str | None = None
+    notes: str | None = None
 
 
 def model_card(name: str, trainer, provenance: Provenance) -> ModelCard:
@@ -124,6 +127,7 @@ def model_card(name: str, trainer, provenance: Provenance) -> ModelCard:
         weights=_weights(trainer),
         training=_training(trainer, config, provenance),
         measured=_measured(trainer.state.log_history),
+        notes=f"\n{provenance.notes.strip()}\n" if provenance.notes else "",
         limits=_limits(trainer, config, provenance),
         licences=_licences(data.license, provenance, encoder_license),
     )
@@ -211,6 +215,13 @@ def _training(trainer, config, provenance: Provenance) -> str:
         f"{trainer.state.global_step:,} steps of {batch} random crops{of}, begun with {start}; peak learning rate "
         f"{args.learning_rate:g}, encoder {'frozen' if config.freeze_encoder else 'trained'}, seed {args.seed}."
     ]
+    runtime = next((entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry), None)
+    if runtime:
+        lines.append(
+            f"It took {runtime / 60:,.0f} minutes on {_hardware(args)}{', tokens included' * bool(args.token_passes)}."
+        )
+    if args.token_passes:
+        lines.append(f"The decoder alone was trained, on the tokens of {args.token_passes} crops of each image.")
     weights = {"l1": args.l1_weight, "l2": args.l2_weight, f"LPIPS ({args.lpips_network})": args.lpips_weight}
     weights |= {"ConvNeXt-S": args.convnext_weight, "codebook": args.vq_weight}
     weights |= {"distillation": args.distillation_weight if trainer.teacher else 0}
@@ -221,7 +232,24 @@ def _training(trainer, config, provenance: Provenance) -> str:
     if provenance.recipe:
         digest = hashlib.sha256(_recipe(provenance).encode()).hexdigest()
         lines.append(f"All options: `{RECIPE}` (SHA-256 `{digest}`).")
+    if before := _training_of(provenance.parent):
+        lines.append(f"\nBefore that, `{_shown(provenance.parent)}`: {before}")
     return "\n".join(lines)
+
+
+def _training_of(parent: str | None) -> str:
+    """The first paragraphs under "Training" of a parent's card, if it is a folder with one."""
+    path = Path(parent or "", "README.md")
+    if not parent or not path.is_file():
+        return ""
+    section = ModelCard.load(path).text.partition("\n## Training\n")[2].partition("\n## ")[0]
+    return section.partition("\nHeld-out images after")[0].partition("\nIn training, the latest")[0].strip()
+
+
+def _hardware(args) -> str:
+    if args.device.type == "cpu":
+        return f"{os.cpu_count()} CPU cores"
+    return f"{args.world_size} x {torch.cuda.get_device_name() if args.device.type == 'cuda' else args.device.type}"
 
 
 def _shown(name_or_path: str) -> str:

@@ -1,0 +1,131 @@
+#!/usr/bin/env python
+"""Halves the files of a trained tokenizer: encoder and decoder in float16, the quantizer in float32 as it is.
+
+    python convert/float16.py --model_name_or_path runs/stage2 --data my_images --output_dir checkpoints/my-tokenizer
+
+Weights are stored in float16 and loaded as float32 (`dtype` of config.json), so that only they are rounded, not what is
+computed with them; float16 has three more bits for them than bfloat16. With --data the rounded model is compared with
+its source: tokens that differ, and pixels. Code, image processor, recipe and pictures go along; numbers measured before
+do not, `eval/reconstruction.py --update_model_card` measures the new file.
+"""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub import ModelCard
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from eval.files import write_folder_whole  # noqa: E402
+from eval.images import dataset_of_files, decode_image, find_images  # noqa: E402
+from eval.psnr.psnr import psnr_per_image  # noqa: E402
+from image_processing_simvq import VQRAEImageProcessor  # noqa: E402
+from modeling_simvq import ImageTokenizer  # noqa: E402
+from train_hf import load_pretrained  # noqa: E402
+
+
+COPIED = ("*.py", "config.json", "preprocessor_config.json", "training_recipe.json", "training_report.html")
+WEIGHTS = (
+    "`model.safetensors` holds {of}, encoder and decoder rounded to float16 and loaded as float32, the quantizer in "
+    "float32."
+)
+
+
+def halve(source: Path, target: Path) -> None:
+    """Writes a folder's model.safetensors anew.
+
+    Raises:
+        ValueError: weights that float16 cannot hold.
+    """
+    with safe_open(source, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(source)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not name.startswith("quantizer."):
+            tensors[name] = tensor.half()
+            if not tensors[name].isfinite().all():
+                raise ValueError(f"{name} has values beyond those of float16, up to {tensor.abs().max():.3g}.")
+    save_file(tensors, target, metadata=metadata)
+
+
+def convert(source: Path, output: Path) -> None:
+    def write(folder: Path) -> None:
+        folder.mkdir(parents=True)
+        for pattern in COPIED:
+            for file in source.glob(pattern):
+                shutil.copy(file, folder)
+        halve(source / "model.safetensors", folder / "model.safetensors")
+        card_file = source / "README.md"
+        if not card_file.exists():
+            return
+        card = ModelCard.load(card_file)
+        card.data.eval_results = None
+        before, heading, rest = card.text.partition("\n## Weights\n")
+        if heading:
+            averaged = "the moving average of the weights" if "moving average" in rest.partition("\n## ")[0] else ""
+            rest = rest[rest.index("\n## ") :]
+            card.text = f"{before}{heading}\n{WEIGHTS.format(of=averaged or 'the trained weights')}\n{rest}"
+        card.text = card.text.replace(f"# {source.name}\n", f"# {output.name}\n").replace(
+            f'from_pretrained("{source.name}"', f'from_pretrained("{output.name}"'
+        )
+        (folder / "README.md").write_text(str(card))
+        pictures = sorted((source / "reconstructions").glob("*.png"))[-1:]
+        for picture in pictures:
+            (folder / "reconstructions").mkdir()
+            shutil.copy(picture, folder / "reconstructions")
+
+    write_folder_whole(output, write)
+
+
+@torch.no_grad()
+def compare(source: ImageTokenizer, rounded: ImageTokenizer, data: str, max_images: int = 64) -> str:
+    """How far the rounded model is from its source on images, in words."""
+    processor = VQRAEImageProcessor.for_image_size(source.config.image_size)
+    files = find_images(data)[:max_images]
+    same, scores = [], []
+    for record in dataset_of_files(files)["image"]:
+        pixels = processor(decode_image(record), return_tensors="pt").pixel_values
+        ours, theirs = (model(pixels, return_loss=False) for model in (source, rounded))
+        same.append((ours.image_tokens == theirs.image_tokens).float().mean())
+        scores.append([psnr_per_image(o.decoded_pixel_values.clamp(0, 1), pixels) for o in (ours, theirs)])
+    before, after = torch.tensor(scores).mean(0)
+    return (
+        f"{len(files)} images: {torch.stack(same).mean():.3%} of the tokens are the same; PSNR {before:.4f} dB before, "
+        f"{after:.4f} dB after rounding."
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", required=True, type=Path, help="Folder of a trained tokenizer.")
+    parser.add_argument("--data", help="Images to compare on (64 at most): a folder, or a .txt file that lists them.")
+    parser.add_argument("--output_dir", required=True, type=Path, help="A new folder.")
+    args = parser.parse_args(arguments)
+    if not (args.model_name_or_path / "model.safetensors").is_file():
+        parser.error(f"--model_name_or_path: {args.model_name_or_path} has no model.safetensors")
+    if args.output_dir.exists():
+        parser.error(f"--output_dir {args.output_dir} exists: remove it or choose another")
+    transformers.logging.set_verbosity_error()
+    convert(args.model_name_or_path, args.output_dir)
+    before, after = (
+        (folder / "model.safetensors").stat().st_size / 1e6 for folder in (args.model_name_or_path, args.output_dir)
+    )
+    print(f"{args.output_dir}: {after:.1f} MB, {before:.1f} MB before.")
+    if args.data:
+        models = (load_pretrained(str(folder), {}).eval() for folder in (args.model_name_or_path, args.output_dir))
+        print(compare(*models, args.data))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"Not converted. {error}")

@@ -1,0 +1,112 @@
+#!/usr/bin/env python
+"""The first minutes with a tokenizer: images to tokens and back, a short fine-tuning, and what it changed.
+
+    python examples/quickstart.py
+
+Loads checkpoints/vqrae-dinov2-small, reconstructs images that it has not seen, fine-tunes its decoder on emoji,
+measures it before and after on others that are held out, and writes runs/quickstart/quickstart.html. Offline, a few
+minutes on two CPU cores; interrupted, it goes on where it was. Every step is a command of this repository, and is
+printed.
+"""
+
+import html
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torchvision.transforms.functional import pil_to_tensor
+
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[0] = str(ROOT)
+
+from eval.files import write_whole  # noqa: E402
+from eval.images import dataset_of_files, decode_image  # noqa: E402
+from eval.pictures import as_html, rows_of  # noqa: E402
+from eval.results import title  # noqa: E402
+from eval.tokens import token_map  # noqa: E402
+from image_processing_simvq import VQRAEImageProcessor  # noqa: E402
+from modeling_simvq import VQRAEModel  # noqa: E402
+
+
+CHECKPOINT, OUTPUT, HELDOUT = "checkpoints/vqrae-dinov2-small", "runs/quickstart", "examples/heldout.txt"
+# four photographs, and four emoji of HELDOUT; none of them was in the training of the checkpoint
+SHOWN = ("astronaut.jpg", "chelsea.jpg", "coffee.jpg", "rocket.jpg")
+ROWS = (
+    "From above: originals; tokens, near codes in near colours; reconstructions; the same after fine-tuning on emoji."
+)
+NEXT = f"""What to try next:
+  python app.py                                            the same by mouse: pip install ".[demo]"
+  python train_hf.py configs/quickstart.json --train_data MY_IMAGES --eval_data MY_OTHERS --output_dir runs/mine
+  python eval/reconstruction.py --model_name_or_path {CHECKPOINT} --data MY_IMAGES --output_dir results
+README.md, "Train it", for a tokenizer on another encoder."""
+
+
+def run(*command: str) -> None:
+    """One command of the repository, shown as it is typed."""
+    print(f"\n$ python {shlex.join(command)}", flush=True)
+    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+
+
+def measure(model: str, name: str) -> dict[str, float]:
+    """Metrics of a model on the held-out emoji, without those that need the weights of other networks."""
+    output = f"{OUTPUT}/{name}"
+    run(
+        "eval/reconstruction.py",
+        *("--model_name_or_path", model, "--data", HELDOUT, "--image_size", "112"),
+        *("--network_metrics", "--output_dir", output),
+    )
+    return json.loads((ROOT / output / "results.json").read_text())["metrics"]
+
+
+@torch.no_grad()
+def reconstruct(name: str, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, VQRAEModel]:
+    """Tokens (B, h, w) and reconstructions of pixels, and the model that made them."""
+    model = VQRAEModel.from_pretrained(ROOT / name, dtype=torch.float32).eval()
+    tokens = model.encode(pixels).image_tokens
+    return tokens, model.decode(tokens).decoded_pixel_values, model
+
+
+def main() -> None:
+    emoji = (ROOT / HELDOUT).read_text().split()
+    files = [ROOT / "examples" / "images" / name for name in SHOWN]
+    files += [ROOT / name for name in emoji[:: len(emoji) // 4][:4]]
+    processor = VQRAEImageProcessor.from_pretrained(ROOT / CHECKPOINT)
+    images = [decode_image(record) for record in dataset_of_files(files)["image"]]
+    pixels = processor(images, return_tensors="pt").pixel_values
+    print(f"Reconstructing {len(files)} images with {CHECKPOINT}.", flush=True)
+    tokens, before, model = reconstruct(CHECKPOINT, pixels)
+    print(f"{tuple(pixels.shape)} pixels -> {tuple(tokens.shape)} tokens, {len(tokens.unique()):,} different codes.")
+    maps = torch.stack([pil_to_tensor(token_map(model, image_tokens)) for image_tokens in tokens]) / 255
+
+    measured = {"before": measure(CHECKPOINT, "before")}
+    run("train_hf.py", "configs/quickstart.json")
+    measured["after"] = measure(OUTPUT, "after")
+    after = reconstruct(OUTPUT, pixels)[1]
+
+    names = [name for name, value in measured["before"].items() if value is not None]
+    table = [[title(name), *(f"{measured[when][name]:.4g}" for when in measured)] for name in names]
+    picture, page = ROOT / OUTPUT / "quickstart.png", ROOT / OUTPUT / "quickstart.html"
+    grid = rows_of([pixels, maps, before, after], columns=len(files))
+    write_whole(picture, lambda path: grid.save(path, format="PNG"))
+    rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table)
+    text = (
+        '<!doctype html><meta charset="utf-8"><title>Quick start</title><style>body{font-family:sans-serif;margin:2em}'
+        "img{max-width:100%}td,th{padding:0 1em 0 0;text-align:left}pre{white-space:pre-wrap}</style>"
+        f"<h1>Quick start</h1><p>{ROWS}</p>{as_html(grid)}<h2>{len(emoji)} held-out emoji of 112 px</h2>"
+        f"<table><tr><th></th><th>before</th><th>after fine-tuning</th></tr>{rows}</table>"
+        f"<pre>{html.escape(NEXT)}</pre>"
+    )
+    write_whole(page, lambda path: path.write_text(text))
+
+    print(f"\n{len(emoji)} held-out emoji of 112 px:")
+    for cells in [["", "before", "after"], *table]:
+        print("{:>24} {:>12} {:>12}".format(*cells))
+    print(f"\nPictures: {page}\n(the same as an image: {picture})\n\n{NEXT}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""A trained tokenizer in half the bytes."""
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_config
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+from test_loading import run
+from test_training import make_trainer
+
+from convert import float16
+from modeling_simvq import VQRAEModel
+from train_hf import load_pretrained
+
+
+@pytest.fixture
+def trained(tmp_path, image_folder):
+    torch.manual_seed(0)
+    trainer = make_trainer(VQRAEModel(tiny_config()), image_folder, tmp_path / "mine")
+    trainer.train()
+    trainer.evaluate()
+    trainer.save_model()
+    trainer.create_model_card()
+    return tmp_path / "mine"
+
+
+def test_only_weights_outside_the_quantizer_are_rounded_and_all_are_loaded_as_float32(trained, tmp_path, image_folder):
+    float16.main(["--model_name_or_path", str(trained), "--output_dir", str(tmp_path / "half")])
+    before, after = (load_file(folder / "model.safetensors") for folder in (trained, tmp_path / "half"))
+    for name, tensor in before.items():
+        if name.startswith("quantizer."):
+            assert torch.equal(after[name], tensor)
+        else:
+            assert after[name].dtype == torch.float16 and torch.equal(after[name], tensor.half())
+    code = f"""
+from transformers import AutoImageProcessor, AutoModel
+model = AutoModel.from_pretrained({str(tmp_path / "half")!r}, trust_remote_code=True)
+AutoImageProcessor.from_pretrained({str(tmp_path / "half")!r}, trust_remote_code=True)
+assert {{str(p.dtype) for p in model.state_dict().values()}} == {{"torch.float32"}}
+"""
+    run(code, tmp_path, HF_HOME=str(tmp_path / "home"))
+    assert "dtype" in json.loads((tmp_path / "half" / "config.json").read_text())
+
+
+def test_card_tells_of_the_rounding_and_keeps_the_rest_but_no_numbers_of_other_weights(trained, tmp_path):
+    card = ModelCard.load(trained / "README.md")
+    card.save(trained / "README.md")
+    float16.main(["--model_name_or_path", str(trained), "--output_dir", str(tmp_path / "half")])
+    text = ModelCard.load(tmp_path / "half" / "README.md").text
+    assert "float16" in text and "raw_weights" not in text and 'from_pretrained("half"' in text
+    assert card.text.partition("## Training")[2] == text.partition("## Training")[2]
+    assert list((tmp_path / "half" / "reconstructions").glob("*.png"))
+
+
+def test_comparison_counts_tokens_and_pixels_that_differ(trained, tmp_path, image_folder):
+    float16.main(["--model_name_or_path", str(trained), "--output_dir", str(tmp_path / "half")])
+    source, rounded = (load_pretrained(str(folder), {}).eval() for folder in (trained, tmp_path / "half"))
+    assert "12 images" in float16.compare(source, rounded, str(image_folder))
+    with torch.no_grad():
+        rounded.quantizer.embedding_proj.bias.add_(100.0)  # every token another one, or nearly
+    told = float16.compare(source, rounded, str(image_folder))
+    assert float(told.split(": ")[1].split("%")[0]) < 50
+
+
+def test_values_beyond_float16_are_refused_and_nothing_is_left(trained, tmp_path):
+    tensors = load_file(trained / "model.safetensors")
+    tensors["decoder.cls_token"].fill_(1e6)
+    save_file(tensors, trained / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="decoder.cls_token"):
+        float16.main(["--model_name_or_path", str(trained), "--output_dir", str(tmp_path / "half")])
+    assert {path.name for path in tmp_path.iterdir()} == {"images", "mine"}
