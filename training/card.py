@@ -215,11 +215,10 @@ def _training(trainer, config, provenance: Provenance) -> str:
         f"{trainer.state.global_step:,} steps of {batch} random crops{of}, begun with {start}; peak learning rate "
         f"{args.learning_rate:g}, encoder {'frozen' if config.freeze_encoder else 'trained'}, seed {args.seed}."
     ]
-    runtime = next((entry["train_runtime"] for entry in trainer.state.log_history if "train_runtime" in entry), None)
-    if runtime:
-        lines.append(
-            f"It took {runtime / 60:,.0f} minutes on {_hardware(args)}{', tokens included' * bool(args.token_passes)}."
-        )
+    speeds = [entry["images_per_second"] for entry in trainer.state.log_history if "images_per_second" in entry]
+    if speeds:  # not the time of this process, which may have gone on with a run
+        minutes = trainer.state.global_step * batch * sum(1 / speed for speed in speeds) / len(speeds) / 60
+        lines.append(f"The steps took {minutes:,.0f} minutes on {_hardware(args)}.")
     if args.token_passes:
         lines.append(f"The decoder alone was trained, on the tokens of {args.token_passes} crops of each image.")
     weights = {"l1": args.l1_weight, "l2": args.l2_weight, f"LPIPS ({args.lpips_network})": args.lpips_weight}
