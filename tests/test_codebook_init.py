@@ -253,3 +253,26 @@ def test_script_of_the_benchmark(tmp_path, image_folder, monkeypatch):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["stage1/8/SimVQ, k-means"]["history"][-1]["all_crops"]["codebook_tokens"] == 24 * 4
     assert "Run" not in run(arguments, tmp_path, **no_download)
+
+
+def test_script_of_the_layers(tmp_path, image_folder, capsys):
+    """A row for each layer and for each with the last; pixels that are linear in the features are found again."""
+    from transformers import AutoConfig, Dinov2Model
+
+    from benchmarks import encoder_layers
+
+    encoder = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 14, "image_size": 28}
+    Dinov2Model(AutoConfig.for_model("dinov2", **encoder)).save_pretrained(tmp_path / "encoder")
+    arguments = ["--encoder", str(tmp_path / "encoder"), "--photos", str(image_folder), "--emoji", str(image_folder)]
+    encoder_layers.main([*arguments, "--image_size", "28", "--codes", "8", "--layers", "0", "1"])
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][2:]
+    assert [row[0] for row in rows] == ["| 0", "| 1", "| 2", "| 0, 2", "| 1, 2"]
+    assert all(0 <= float(row[3].rstrip("%")) <= 100 for row in rows)
+
+    features, mixing = torch.randn(200, 4), torch.randn(4, 6)
+    weight = encoder_layers.linear(features, features @ mixing + 3, ridge=0.0)
+    torch.testing.assert_close(weight, torch.cat([mixing, torch.full((1, 6), 3.0)]), atol=1e-4, rtol=1e-4)
+    truth = torch.rand(4, 10)
+    assert encoder_layers.psnr(truth + 0.1 * (truth < 0.5) - 0.1 * (truth >= 0.5), truth, 2) == pytest.approx(
+        20, abs=1e-3
+    )
