@@ -5,7 +5,8 @@
 PHOTOS: 256 px tiles of the wallpapers of Debian's mate-backgrounds and plasma-workspace-wallpapers, named
 `source-....jpg`. EMOJI: the renders of @lobehub/fluent-emoji-3d. To these come tiles of the photographs in three more
 packages, which this fetches and unpacks (Debian or Ubuntu, 165 MB). Writes `train.txt`, `heldout_photos.txt`,
-`heldout_emoji.txt`, and `heldout.txt` with both; sources of PHOTOS and EMOJI that are held out are in no training tile.
+`heldout_emoji.txt`, and `heldout.txt` with every fifth of both, to look at while training; sources that are held out are
+in no training tile.
 """
 
 import argparse
@@ -73,7 +74,7 @@ def main() -> None:
     emoji, heldout_emoji = split_files(find_images(args.emoji), 0.1, "-")
     lists = {
         "train": photos + emoji + find_images(tiles),
-        "heldout": heldout_photos + heldout_emoji,
+        "heldout": (heldout_photos + heldout_emoji)[::5],
         "heldout_photos": heldout_photos,
         "heldout_emoji": heldout_emoji,
     }

@@ -1,0 +1,111 @@
+"""The README's first command, and the checkpoint that it loads."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_config
+from huggingface_hub import ModelCard
+from PIL import Image
+from test_loading import ROOT, run
+
+from eval.images import find_images
+from eval.results import weights_file_hash
+from examples import quickstart
+from image_processing_simvq import VQRAEImageProcessor
+from modeling_simvq import VQRAEModel
+from training.data import split_files
+
+
+CHECKPOINT = ROOT / "checkpoints" / "vqrae-dinov2-small"
+
+
+def test_quick_start_reconstructs_fine_tunes_measures_and_writes_its_page(tmp_path, monkeypatch, capsys):
+    """With a tiny model, and two steps in place of the recipe's."""
+    torch.manual_seed(0)
+    VQRAEModel(tiny_config()).save_pretrained(tmp_path / "tiny")
+    VQRAEImageProcessor.for_image_size(32).save_pretrained(tmp_path / "tiny")
+    monkeypatch.setattr(quickstart, "CHECKPOINT", str(tmp_path / "tiny"))
+    monkeypatch.setattr(quickstart, "OUTPUT", str(tmp_path / "out"))
+    commands = []
+
+    def with_tiny_model(*command):
+        commands.append(command)
+        if command[0] == "train_hf.py":
+            command += ("--model_name_or_path", str(tmp_path / "tiny"), "--image_size", "32", "--max_steps", "2")
+            command += ("--output_dir", str(tmp_path / "out"), "--token_passes", "1", "--max_train_samples", "16")
+        run_command(*command)
+
+    run_command = quickstart.run
+    monkeypatch.setattr(quickstart, "run", with_tiny_model)
+    quickstart.main()
+    assert [command[0] for command in commands] == ["eval/reconstruction.py", "train_hf.py", "eval/reconstruction.py"]
+    page = (tmp_path / "out" / "quickstart.html").read_text()
+    assert "data:image/png;base64," in page
+    for when in ("before", "after"):
+        results = json.loads((tmp_path / "out" / when / "results.json").read_text())
+        assert results["num_images"] == 47 and f"<td>{results['metrics']['psnr']:.4g}</td>" in page
+    with Image.open(tmp_path / "out" / "quickstart.png") as picture:
+        assert picture.size == (8 * 34 + 2, 4 * 34 + 2)  # four rows of eight images of 32 px
+    assert str(tmp_path / "out" / "quickstart.html") in capsys.readouterr().out
+
+
+def test_what_is_trained_on_is_not_what_is_held_out():
+    train, heldout = ((ROOT / "examples" / f"{name}.txt").read_text().split() for name in ("train", "heldout"))
+    assert len(train) == 275 and len(heldout) == 47 and not set(train) & set(heldout)
+    sources = [{Path(name).name.split("-")[1].split(".")[0] for name in names} for names in (train, heldout)]
+    assert not sources[0] & sources[1]
+    assert all((ROOT / name).is_file() for name in train + heldout)
+
+
+def test_checkpoint_works_from_another_folder(tmp_path):
+    """As in its card; on a photograph that was in no training."""
+    code = f"""
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+
+model = AutoModel.from_pretrained({str(CHECKPOINT)!r}, trust_remote_code=True).eval()
+processor = AutoImageProcessor.from_pretrained({str(CHECKPOINT)!r}, trust_remote_code=True)
+pixels = processor(Image.open({str(ROOT / "examples/images/chelsea.jpg")!r}), return_tensors="pt").pixel_values
+with torch.no_grad():
+    tokens = model.encode(pixels).image_tokens
+    decoded = model.decode(tokens).decoded_pixel_values
+    assert torch.equal(decoded, model(pixels).decoded_pixel_values)
+assert model.dtype == torch.float32 and len(tokens.unique()) > 100
+psnr = -10 * (decoded.clamp(0, 1) - pixels).square().mean().log10()
+assert psnr > 20, psnr
+"""
+    run(code, tmp_path, HF_HOME=str(tmp_path / "home"))
+
+
+def test_checkpoint_is_small_and_its_card_is_of_its_weights():
+    files = [file for file in CHECKPOINT.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 80e6
+    assert not [file for file in files if file.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
+    for name in ("configuration_simvq.py", "image_processing_simvq.py", "modeling_simvq.py"):
+        assert (CHECKPOINT / name).read_text().split() == (ROOT / name).read_text().split(), name
+    card = ModelCard.load(CHECKPOINT / "README.md")
+    own = weights_file_hash(CHECKPOINT)
+    assert card.data.eval_results and all(r.metric_args["model_sha256"] == own for r in card.data.eval_results)
+
+
+@pytest.mark.skipif("VQRAE_ASSETS" not in os.environ, reason="needs the photographs (VQRAE_ASSETS)")
+def test_metrics_of_the_card_are_measured_again(tmp_path):
+    photos = split_files(find_images(Path(os.environ["VQRAE_ASSETS"]) / "photos"), 0.15, "-")[1]
+    (tmp_path / "heldout_photos.txt").write_text("".join(f"{file}\n" for file in photos))
+    command = [str(ROOT / "eval" / "reconstruction.py"), "--model_name_or_path", str(CHECKPOINT), "--network_metrics"]
+    command += ["--data", "heldout_photos.txt", "--output_dir", "results"]
+    quickstart.subprocess.run([sys.executable, *command], cwd=tmp_path, check=True)
+    measured = json.loads((tmp_path / "results" / "results.json").read_text())
+    card = ModelCard.load(CHECKPOINT / "README.md")
+    told = {
+        r.metric_type: r.metric_value
+        for r in card.data.eval_results
+        if r.dataset_args["pixels_sha256"] == measured["data"]["pixels_sha256"]
+    }
+    for name in ("psnr", "ssim"):
+        assert measured["metrics"][name] == pytest.approx(told[name], rel=1e-3), name
