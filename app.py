@@ -365,9 +365,7 @@ def main() -> None:
     model = load_pretrained(name, {}).eval().to("cuda" if torch.cuda.is_available() else "cpu")
     processor = load_processor(ModelArguments(model_name_or_path=name), model.config.image_size)
     examples = [str(path) for path in find_images(EXAMPLES)]
-    page = build(
-        Tokenizer(model, processor, examples), name if "/" in name and not Path(name).is_dir() else Path(name).name
-    )
+    page = build(Tokenizer(model, processor, examples), Path(name).name)
     theme = gr.themes.Default(font=["system-ui", "sans-serif"])
     page.launch(theme=theme, css=CSS, footer_links=[], max_file_size="20mb", show_error=True)
 

@@ -211,6 +211,9 @@ MODEL, SCREENSHOT = os.environ.get("VQRAE_DEMO_MODEL"), os.environ.get("VQRAE_DE
 def served(tmp_path_factory):
     """A model, its processor, and the address of app.py with it."""
     pytest.importorskip("gradio", reason="gradio is not installed (pip install '.[demo]')")
+    pytest.importorskip("selenium", reason="selenium is not installed (pip install selenium)")
+    if not shutil.which("chromium") or not shutil.which("chromedriver"):
+        pytest.skip("chromium or its driver is not installed (apt-get install chromium chromium-driver)")
     folder = MODEL or tmp_path_factory.mktemp("demo") / "checkpoint"
     if not MODEL:
         torch.manual_seed(0)
@@ -301,15 +304,13 @@ class Page:
 
 @pytest.fixture
 def page(served):
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (pip install selenium)")
-    browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not browser or not driver:
-        pytest.skip("chromium and its driver are not installed (apt-get install chromium chromium-driver)")
+    from selenium import webdriver
+
     options = webdriver.ChromeOptions()
-    options.binary_location = browser
+    options.binary_location = shutil.which("chromium")
     for argument in ("--headless=new", "--no-sandbox", "--hide-scrollbars", "--window-size=1280,1100"):
         options.add_argument(argument)
-    driver = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
     try:
         yield Page(driver, served[2])
     finally:
@@ -328,7 +329,7 @@ def test_an_image_in_a_reconstruction_out(page, served, photo):
     side = model.config.grid_size
     if SCREENSHOT:
         picture = Image.open(io.BytesIO(page.driver.get_screenshot_as_png())).convert("RGB")
-        picture = picture.quantize(palette=picture.quantize(256), dither=Image.Dither.FLOYDSTEINBERG)
+        picture = picture.point(lambda level: min(255, (level + 4) // 8 * 8))  # not seen, and half the bytes
         picture.save(SCREENSHOT, optimize=True)
     with page.changes("#reconstruction"):
         page.upload(photo)
@@ -349,7 +350,7 @@ def test_an_image_in_a_reconstruction_out(page, served, photo):
 
 
 def test_a_bad_file_is_told(page, tmp_path, photo):
-    (tmp_path / "broken.png").write_bytes(photo.read_bytes()[:300])
+    (tmp_path / "broken.png").write_bytes(b"no image")
     with page.changes("#reconstruction"):
         page.upload(tmp_path / "broken.png")
         page.says("broken.png cannot be read: it is damaged, or no image. Upload a PNG, JPEG or WebP file.")
