@@ -5,8 +5,8 @@
 PHOTOS: 256 px tiles of the wallpapers of Debian's mate-backgrounds and plasma-workspace-wallpapers, named
 `source-....jpg`. EMOJI: the renders of @lobehub/fluent-emoji-3d. To these come tiles of the photographs in three more
 packages, which this fetches and unpacks (Debian or Ubuntu, 165 MB). Writes `train.txt`, `heldout_photos.txt`,
-`heldout_emoji.txt`, and `heldout.txt` with every fifth of both, to look at while training; sources that are held out are
-in no training tile.
+`heldout_emoji.txt`, and `heldout.txt` with every fifth of both, to look at while training; what is held out has no
+source in common with what is trained on.
 """
 
 import argparse

@@ -19,10 +19,10 @@ def blocks(path: str, language: str = "python") -> list[str]:
 
 
 def test_files_that_documents_name_are_there():
-    for document in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]:
+    for document in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("checkpoints/*.md")]:
         named = set(
             re.findall(
-                r"(?<![\w/])(?:configs|docs|eval|benchmarks|convert)/[\w/.-]*\.(?:json|md|py|png|jpg|yaml)",
+                r"(?<![\w/])(?:checkpoints|configs|docs|eval|examples|benchmarks|convert|training)/[\w/.-]*\.(?:json|md|py|png|jpg|yaml)",
                 document.read_text(),
             )
         )
@@ -50,10 +50,10 @@ assert (reconstruct(pixels) - pixels).abs().max() < 1
 
 @pytest.mark.parametrize("block", range(2))
 def test_readme_snippets(block, tmp_path, monkeypatch):
-    """Those under "Use it", with a tiny model in place of the quick start's."""
+    """Those under "Use it", with a tiny model in place of the checkpoint."""
     torch.manual_seed(0)
-    VQRAEModel(tiny_config()).save_pretrained(tmp_path / "runs" / "quickstart")
-    VQRAEImageProcessor.for_image_size(32).save_pretrained(tmp_path / "runs" / "quickstart")
+    VQRAEModel(tiny_config()).save_pretrained(tmp_path / "checkpoints" / "vqrae-dinov2-small")
+    VQRAEImageProcessor.for_image_size(32).save_pretrained(tmp_path / "checkpoints" / "vqrae-dinov2-small")
     (tmp_path / "examples" / "images").mkdir(parents=True)
     image = Image.open(find_images(ROOT / "examples" / "images")[0]).convert("RGB")
     image.save(tmp_path / "examples" / "images" / "astronaut.jpg")
