@@ -29,7 +29,7 @@ from eval.results import code_chart  # noqa: E402
 from eval.tokens import check_code, code_pixels, neighbours, replace_tokens, token_map  # noqa: E402
 from image_processing_simvq import VQRAEImageProcessor  # noqa: E402
 from modeling_simvq import ImageTokenizer  # noqa: E402
-from train_hf import ModelArguments, load_pretrained, load_processor  # noqa: E402
+from training.loading import load_pretrained, load_processor  # noqa: E402
 
 
 ROOT = Path(__file__).parent
@@ -363,7 +363,7 @@ def main() -> None:
         parser.error(f"{DEFAULT_MODEL} is not there: name a tokenizer with --model.")
     name = name or str(DEFAULT_MODEL)
     model = load_pretrained(name, {}).eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    processor = load_processor(ModelArguments(model_name_or_path=name), model.config.image_size)
+    processor = load_processor(name, model.config.image_size)
     examples = [str(path) for path in find_images(EXAMPLES)]
     page = build(Tokenizer(model, processor, examples), Path(name).name)
     theme = gr.themes.Default(font=["system-ui", "sans-serif"])

@@ -758,8 +758,7 @@ class ImageTokenizer(PreTrainedModel):
         self.eval()
         for batch in batches:
             pixels = batch if isinstance(batch, torch.Tensor) else batch["pixel_values"]
-            _, latents = self._features_and_latents(pixels.to(device))
-            latents = latents.flatten(0, 1).float()
+            latents = self.get_latents(pixels.to(device)).flatten(0, 1).float()
             # reservoir sampling (Vitter 1985, algorithm R): the i-th latent takes a random place of i, if it exists
             position = torch.arange(seen, seen + len(latents))
             place = torch.where(
@@ -820,6 +819,10 @@ class ImageTokenizer(PreTrainedModel):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_encoder):
             features, latents = self._image_features(pixel_values, grid)
         return features, self.project_in(latents)
+
+    def get_latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """What is quantized: (B, channels, H, W) in [0, 1] -> (B, h * w, `latent_size`), row by row."""
+        return self._features_and_latents(pixel_values)[1]
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Continuous features, for understanding: (B, channels, H, W) in [0, 1] -> (B, h * w, width), row by row."""

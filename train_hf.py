@@ -16,27 +16,25 @@ tensorboard, --resume_from_checkpoint, --push_to_hub, ...; `accelerate launch tr
 import json
 import os
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import IterableDataset
-from transformers import HfArgumentParser, PreTrainedConfig, set_seed
+from transformers import HfArgumentParser, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from configuration_simvq import VQRAEConfig
 from eval.files import write_whole
 from eval.images import dataset_of_files, find_images, load_images
-from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import ImageTokenizer, VQRAEModel
-from modeling_simvq_gan import SimVQGANModel
 from training.arguments import VQRAETrainingArguments
 from training.card import Provenance, write_recipe
 from training.data import EvalTransform, TrainTransform, collate, readable_images, split_files, with_pixels
 from training.hub import download_checkpoint
+from training.loading import load_pretrained, load_processor
 from training.report import write_report
 from training.trainer import VQRAETrainer
 
@@ -133,38 +131,6 @@ class DataArguments:
             raise ValueError(f"min_crop_area must be in (0, 1], got {self.min_crop_area}.")
 
 
-MODELS = {model.config_class.model_type: model for model in (VQRAEModel, SimVQGANModel)}
-
-
-def load_pretrained(name_or_path: str, config: dict) -> ImageTokenizer:
-    """A trained tokenizer of either kind, with some fields of its configuration changed.
-
-    Raises:
-        ValueError: another kind of model, or fields that its configuration does not have.
-    """
-    model_type = PreTrainedConfig.get_config_dict(name_or_path)[0].get("model_type")
-    if model_type not in MODELS:
-        raise ValueError(f"{name_or_path} is a model of type '{model_type}', expected one of {', '.join(MODELS)}.")
-    config_class = MODELS[model_type].config_class
-    if unknown := config.keys() - {known.name for known in fields(config_class)}:
-        raise ValueError(
-            f"{name_or_path} has a {config_class.__name__}, which has no {', '.join(sorted(unknown))}: pass other "
-            "fields as --model_config, or {} for none of those that a recipe has."
-        )
-    return MODELS[model_type].from_pretrained(name_or_path, dtype=torch.float32, **config)
-
-
-def load_processor(args: ModelArguments, size: int) -> VQRAEImageProcessor:
-    """The processor for images of `size` pixels. A model to go on with keeps the filter with which it resizes."""
-    processor = VQRAEImageProcessor.for_image_size(size)
-    if args.model_name_or_path:
-        try:
-            processor.resample = VQRAEImageProcessor.from_pretrained(args.model_name_or_path).resample
-        except OSError:  # it was saved without a processor
-            pass
-    return processor
-
-
 def load_model(args: ModelArguments) -> ImageTokenizer:
     config = dict(args.model_config or {})
     if args.image_size is not None:
@@ -242,7 +208,7 @@ def main() -> None:
 
     model = load_model(model_args)
     size = model.config.image_size
-    processor = load_processor(model_args, size)
+    processor = load_processor(model_args.model_name_or_path, size)
     skipped_list = Path(training_args.output_dir) / "skipped_images.txt"
     train, held_out = load_data(data_args, training_args, skipped_list)
     provenance = Provenance(

@@ -29,7 +29,7 @@ from eval.images import dataset_of_files, decode_image, find_images  # noqa: E40
 from eval.psnr.psnr import psnr_per_image  # noqa: E402
 from image_processing_simvq import VQRAEImageProcessor  # noqa: E402
 from modeling_simvq import ImageTokenizer  # noqa: E402
-from train_hf import load_pretrained  # noqa: E402
+from training.loading import load_pretrained  # noqa: E402
 
 
 COPIED = ("*.py", "config.json", "preprocessor_config.json", "training_recipe.json", "training_report.html")

@@ -10,6 +10,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 
+# of Pillow, which would start other programs for some (Ghostscript for EPS)
+FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
 EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
@@ -82,7 +84,7 @@ def decode_image(record: dict, turned_by_exif: bool = True) -> Image.Image:
     """
     try:
         source = record["path"] if record["bytes"] is None else io.BytesIO(record["bytes"])
-        with Image.open(source) as image:
+        with Image.open(source, formats=FORMATS) as image:
             image.load()
             try:
                 image = ImageOps.exif_transpose(image) if turned_by_exif else image

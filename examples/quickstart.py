@@ -21,7 +21,8 @@ from torchvision.transforms.functional import pil_to_tensor
 
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
 
 from eval.files import write_whole  # noqa: E402
 from eval.images import dataset_of_files, decode_image  # noqa: E402
@@ -42,7 +43,7 @@ NEXT = f"""What to try next:
   python app.py                                            the same by mouse: pip install ".[demo]"
   python train_hf.py configs/quickstart.json --train_data MY_IMAGES --eval_data MY_OTHERS --output_dir runs/mine
   python eval/reconstruction.py --model_name_or_path {CHECKPOINT} --data MY_IMAGES --output_dir results
-README.md, "Train it", for a tokenizer on another encoder."""
+README.md, "Train on your images", for a tokenizer on another encoder."""
 
 
 def run(*command: str) -> None:

@@ -32,7 +32,7 @@ def test_files_that_documents_name_are_there():
 
 def test_downstream_snippets(tmp_path, image_folder):
     torch.manual_seed(0)
-    VQRAEModel(tiny_config(codebook_dim=8)).save_pretrained(tmp_path / "my-tokenizer")
+    VQRAEModel(tiny_config(codebook_dim=8, encoder_layers=[1, 2])).save_pretrained(tmp_path / "my-tokenizer")
     VQRAEImageProcessor.for_image_size(32).save_pretrained(tmp_path / "my-tokenizer")
     image_folder.rename(tmp_path / "my_images")
     code = blocks("docs/downstream.md")

@@ -90,7 +90,7 @@ def test_the_patch_embedding_is_layer_0(pixels):
     model = VQRAEModel(tiny_config(encoder_layers=[0])).eval()
     with torch.no_grad():
         embedded = model.encoder_norm(model.encoder.embeddings(model._normalize(pixels))[:, 1:])
-        torch.testing.assert_close(model._features_and_latents(pixels)[1], embedded)
+        torch.testing.assert_close(model.get_latents(pixels), embedded)
 
 
 def test_known_tokens_take_the_place_of_encoder_and_search(tiny_model, pixels, monkeypatch):

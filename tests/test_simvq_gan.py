@@ -28,6 +28,7 @@ from configuration_simvq_gan import SimVQGANConfig
 from convert.simvq_checkpoint import convert as convert_checkpoint
 from modeling_simvq import VQRAEModel
 from modeling_simvq_gan import SimVQGANModel
+from training.loading import load_pretrained
 
 
 with safe_open(FIXTURE, "pt") as file:
@@ -232,7 +233,7 @@ def test_gradient_checkpointing_gives_the_same_gradients():
 def test_training_moves_everything_but_the_codebook(tmp_path, image_folder):
     """Adaptive GAN weight, distillation, averages and learning rates by group, after a reload; k-means codes first."""
     small_model(codebook_init="kmeans").save_pretrained(tmp_path / "start")
-    model = train_hf.load_pretrained(str(tmp_path / "start"), {})
+    model = load_pretrained(str(tmp_path / "start"), {})
     trainer = make_trainer(
         model, image_folder, tmp_path / "out", gan_weight=0.1, gan_adaptive=True, distillation_weight=1.0,
         encoder_learning_rate=1e-3, ema_decay=0.9,
@@ -285,7 +286,7 @@ def test_the_references_recipe_goes_on_from_a_converted_checkpoint(converted, tm
 def test_other_models_are_refused_by_the_training_script(tmp_path):
     AutoConfig.for_model("bert").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="bert.*vqrae, simvq_gan"):
-        train_hf.load_pretrained(str(tmp_path), {})
+        load_pretrained(str(tmp_path), {})
 
 
 def test_evaluation_script_measures_it(converted, tmp_path, image_folder):

@@ -45,7 +45,8 @@ class VQRAETrainingArguments(TrainingArguments):
         metadata={
             "help": "Stage 1 without a learnable projection: crop and tokenize every training image so many times "
             "before training (kept in output_dir/tokens), and train the decoder alone, on these. Epoch e has the crops "
-            "of pass e modulo token_passes. 0: off, encoder and quantizer run in every step."
+            "of pass e modulo token_passes. An image that cannot be read is an error. 0: off, encoder and quantizer "
+            "run in every step."
         },
     )
     encoder_learning_rate: float | None = field(

@@ -218,9 +218,12 @@ def _training(trainer, config, provenance: Provenance) -> str:
     speeds = [entry["images_per_second"] for entry in trainer.state.log_history if "images_per_second" in entry]
     if speeds:  # not the time of this process, which may have gone on with a run
         minutes = trainer.state.global_step * batch * sum(1 / speed for speed in speeds) / len(speeds) / 60
-        lines.append(f"The steps took {minutes:,.0f} minutes on {_hardware(args)}.")
+        without = ", without the tokens" if args.token_passes else ""
+        lines.append(f"The steps took {minutes:,.0f} minutes on {_hardware(args)}{without}.")
     if args.token_passes:
-        lines.append(f"The decoder alone was trained, on the tokens of {args.token_passes} crops of each image.")
+        lines.append(
+            f"The decoder alone was trained, on tokens computed once (crops of each image: {args.token_passes})."
+        )
     weights = {"l1": args.l1_weight, "l2": args.l2_weight, f"LPIPS ({args.lpips_network})": args.lpips_weight}
     weights |= {"ConvNeXt-S": args.convnext_weight, "codebook": args.vq_weight}
     weights |= {"distillation": args.distillation_weight if trainer.teacher else 0}
@@ -247,7 +250,7 @@ def _training_of(parent: str | None) -> str:
 
 def _hardware(args) -> str:
     if args.device.type == "cpu":
-        return f"{os.cpu_count()} CPU cores"
+        return f"{torch.get_num_threads()} CPU threads"
     return f"{args.world_size} x {torch.cuda.get_device_name() if args.device.type == 'cuda' else args.device.type}"
 
 

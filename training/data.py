@@ -28,7 +28,7 @@ def split_files(files: list[Path], holdout: float, group_separator: str | None) 
     """
     groups = {}
     for file in files:
-        groups.setdefault(file.name.split(group_separator)[0] if group_separator else str(file), []).append(file)
+        groups.setdefault(file.stem.split(group_separator)[0] if group_separator else str(file), []).append(file)
     if len(groups) < 2:
         raise ValueError(f"{len(files)} images in {len(groups)} group(s) cannot be split; pass --eval_data.")
     step = max(2, round(1 / holdout))
@@ -83,6 +83,7 @@ class TrainTransform:
         self.image_size = image_size
         self.min_crop_area = min_crop_area
         self.seed = seed
+        self.strict = False  # an unreadable image is an error, not listed
         self.tokens = None  # (passes, images, h, w), see `tokenize_crops`
         self.skipped_list = None if skipped_list is None else Path(skipped_list)
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by workers that already run
@@ -113,7 +114,7 @@ class TrainTransform:
         try:
             image = self.processor.convert_to_rgb(decode_image(record))
         except ValueError as error:
-            if self.skipped_list is None:
+            if self.skipped_list is None or self.strict:
                 raise
             self._report(record["path"] or "(without a name)", str(error))
             return None

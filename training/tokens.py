@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import zlib
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from tqdm import tqdm
 from eval.files import write_whole
 from modeling_simvq import ImageTokenizer
 from training.data import TrainTransform, collate
+
+
+SEEN = ("encoder_layers", "encoder_input_size", "decoder_patch_size", "image_mean", "image_std")  # of a configuration
 
 
 def tokenize_crops(
@@ -45,20 +49,23 @@ def tokenize_crops(
     Raises:
         ValueError: an image that cannot be read.
     """
-    names = [
-        Path(record["path"]).name if record["path"] else zlib.crc32(record["bytes"])
-        for record in dataset.with_format(None)["image"]
-    ]
-    digest = hashlib.sha256(json.dumps([names, transform.image_size, transform.seed, transform.min_crop_area]).encode())
+    plain = dataset.with_format(None)
+    images = [_identity(record) for record in plain["image"]]
+    crops = transform.image_size, transform.seed, transform.min_crop_area
+    seen = [getattr(model.config, name, None) for name in SEEN]
+    digest = hashlib.sha256(json.dumps([images, crops, seen]).encode())
     for part in (model.encoder, model.quantizer):
         for tensor in part.state_dict().values():
             digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
     made_from = {"made_from": digest.hexdigest()}
     dtype = torch.int16 if model.config.codebook_size <= 2**15 else torch.int32
 
-    transform.skipped_list = None  # no other image in its place: the tokens would be of this one
-    rows = dataset.with_format(None).add_column("row", list(range(len(dataset)))).with_transform(transform)
-    loader = DataLoader(rows, batch_size, collate_fn=collate, num_workers=num_workers)
+    transform.strict = True  # no other image in the place of one: the tokens would be of this one
+    if "row" not in plain.column_names:
+        plain = plain.add_column("row", list(range(len(plain))))
+    rows = plain.with_transform(transform)
+    generator = torch.Generator()  # the seed of workers is drawn from it, not from that of training
+    loader = DataLoader(rows, batch_size, collate_fn=collate, num_workers=num_workers, generator=generator)
     was_training = model.training
     model.eval()
     tokens = []
@@ -82,3 +89,11 @@ def tokenize_crops(
     model.quantizer.reset_codebook_usage()  # the log counts what is trained on
     transform.tokens = torch.stack(tokens)
     return rows
+
+
+def _identity(record: dict) -> list:
+    """What tells that a `datasets.Image(decode=False)` record is still the same image."""
+    if record["path"] and os.path.isfile(record["path"]):
+        status = os.stat(record["path"])
+        return [Path(record["path"]).name, status.st_size, status.st_mtime_ns]
+    return [record["path"], zlib.crc32(record["bytes"])]

@@ -168,6 +168,9 @@ class VQRAETrainer(Trainer):
             self.teacher.config.freeze_encoder = True
             self.teacher.quantizer = self.teacher.decoder = None
             self.teacher.requires_grad_(False).eval().to(args.device)
+        layers = getattr(model.config, "encoder_layers", None)
+        if layers and not self.teacher and max(layers) < model.config.encoder_config.num_hidden_layers:
+            args.ddp_find_unused_parameters = True  # the layers behind have no gradient
         if self.is_fsdp_enabled:
             prepare_for_fsdp(model, self.accelerator, args)
         self._saving = False
@@ -187,6 +190,8 @@ class VQRAETrainer(Trainer):
             reason = "the encoder is trained (stage 2)"
         elif next(model.project_in.parameters(), None) is not None:
             reason = "a learnable projection is in front of the quantizer (codebook_dim)"
+        elif model.config.codebook_init != "kmeans" and model.config.codebook_init_latents is None:
+            reason = "the codes are not fitted to latents (codebook_init is not kmeans), they would stay as they are"
         elif not isinstance(self.train_dataset, datasets.Dataset) or self.train_transform is None:
             reason = "the training images are a stream, or come without a TrainTransform"
         elif self.accelerator.num_processes > 1:
@@ -273,7 +278,7 @@ class VQRAETrainer(Trainer):
             self.initialize_codebook()
         self._check_codebook()
         if self.args.token_passes:
-            if resume_from_checkpoint:
+            if resume_from_checkpoint and checkpoint:
                 self._load_from_checkpoint(checkpoint)  # the codes that the run started with
             self.train_dataset = tokenize_crops(
                 self.model.to(self.args.device),
@@ -618,7 +623,8 @@ class VQRAETrainer(Trainer):
         reconstruction = outputs.decoded_pixel_values
         if not torch.is_grad_enabled():
             loss, _ = self.reconstruction_loss(reconstruction, pixels)
-            loss = loss + self.args.vq_weight * outputs.embedding_loss
+            if outputs.embedding_loss is not None:
+                loss = loss + self.args.vq_weight * outputs.embedding_loss
             return (loss, outputs) if return_outputs else loss
 
         # The graph is cut at the pixels: a loss network gives its gradient there and then lets go of its activations,
