@@ -26,7 +26,7 @@ from eval.images import decode_image, find_images  # noqa: E402
 from eval.metrics import to_uint8  # noqa: E402
 from eval.psnr.psnr import psnr_per_image  # noqa: E402
 from eval.results import code_chart  # noqa: E402
-from eval.tokens import check_code, code_pixels, neighbours, replace_tokens, token_map  # noqa: E402
+from eval.tokens import check_code, code_colors, code_pixels, neighbours, replace_tokens, token_map  # noqa: E402
 from image_processing_simvq import VQRAEImageProcessor  # noqa: E402
 from modeling_simvq import ImageTokenizer  # noqa: E402
 from training.loading import load_pretrained, load_processor  # noqa: E402
@@ -120,6 +120,7 @@ class Tokenizer:
 
     def __init__(self, model: ImageTokenizer, processor: VQRAEImageProcessor, examples: list[str]) -> None:
         self.model, self.processor, self.examples = model, processor, examples
+        self.colors = code_colors(model)
         self.example_counts = None
         # The page shows maps smaller than they are: of larger pictures, Gradio misplaces clicks.
         self.square = max(8, -(-MAP_SIDE // model.config.grid_size))
@@ -232,7 +233,7 @@ class Tokenizer:
         """The token map with squares of `square` pixels."""
         rows, columns = tokens.shape
         size = columns * self.square, rows * self.square
-        return token_map(self.model, tokens).resize(size, Image.Resampling.NEAREST)
+        return token_map(self.model, tokens, self.colors).resize(size, Image.Resampling.NEAREST)
 
 
 def build(tokenizer: Tokenizer, name: str) -> gr.Blocks:

@@ -41,10 +41,12 @@ def read(files: list[Path], size: int) -> torch.Tensor:
 def features_of(model: VQRAEModel, pixels: torch.Tensor, layers: list[int]) -> dict[int, torch.Tensor]:
     """Normalised outputs of layers, each (B * tokens, width)."""
     collected = {layer: [] for layer in layers}
+    tokens, side = model.config.grid_size**2, model.config.encoder_input_size
     for batch in tqdm(pixels.split(8), desc="Encoding", unit="batch"):
+        seen = model._normalize(F.interpolate(batch, size=(side, side), mode="bicubic", align_corners=False))
+        hidden_states = model.encoder(seen, output_hidden_states=True).hidden_states
         for layer in layers:
-            model.config.encoder_layers = [layer]
-            collected[layer].append(model._features_and_latents(batch)[1].flatten(0, 1))
+            collected[layer].append(model.encoder_norm(hidden_states[layer][:, -tokens:]).flatten(0, 1))
     return {layer: torch.cat(parts) for layer, parts in collected.items()}
 
 

@@ -5,8 +5,9 @@
 
 Weights are stored in float16 and loaded as float32 (`dtype` of config.json), so that only they are rounded, not what is
 computed with them; float16 has three more bits for them than bfloat16. With --data the rounded model is compared with
-its source: tokens that differ, and pixels. Code, image processor, recipe and pictures go along; numbers measured before
-do not, `eval/reconstruction.py --update_model_card` measures the new file.
+its source: tokens that differ, and pixels. Card, image processor, recipe, report and the latest picture go along, and
+today's code. Results of evaluations do not, and what training measured is said to be of the weights before:
+`eval/reconstruction.py --update_model_card` measures the new file.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import transformers
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers.dynamic_module_utils import custom_object_save
 
 
 if __name__ == "__main__":
@@ -29,10 +31,10 @@ from eval.images import dataset_of_files, decode_image, find_images  # noqa: E40
 from eval.psnr.psnr import psnr_per_image  # noqa: E402
 from image_processing_simvq import VQRAEImageProcessor  # noqa: E402
 from modeling_simvq import ImageTokenizer  # noqa: E402
-from training.loading import load_pretrained  # noqa: E402
+from training.loading import load_pretrained, load_processor  # noqa: E402
 
 
-COPIED = ("*.py", "config.json", "preprocessor_config.json", "training_recipe.json", "training_report.html")
+COPIED = ("training_recipe.json", "training_report.html")
 WEIGHTS = (
     "`model.safetensors` holds {of}, encoder and decoder rounded to float16 and loaded as float32, the quantizer in "
     "float32."
@@ -59,9 +61,14 @@ def halve(source: Path, target: Path) -> None:
 def convert(source: Path, output: Path) -> None:
     def write(folder: Path) -> None:
         folder.mkdir(parents=True)
-        for pattern in COPIED:
-            for file in source.glob(pattern):
-                shutil.copy(file, folder)
+        for name in COPIED:
+            if (source / name).exists():
+                shutil.copy(source / name, folder)
+        model = load_pretrained(str(source), {})
+        load_processor(str(source), model.config.image_size).save_pretrained(folder)
+        custom_object_save(model, folder, config=model.config)
+        model.config.dtype = "float32"
+        model.config.save_pretrained(folder)
         halve(source / "model.safetensors", folder / "model.safetensors")
         card_file = source / "README.md"
         if not card_file.exists():
@@ -73,6 +80,7 @@ def convert(source: Path, output: Path) -> None:
             averaged = "the moving average of the weights" if "moving average" in rest.partition("\n## ")[0] else ""
             rest = rest[rest.index("\n## ") :]
             card.text = f"{before}{heading}\n{WEIGHTS.format(of=averaged or 'the trained weights')}\n{rest}"
+        card.text = card.text.replace("\nHeld-out images after step", "\nBefore rounding, held-out images after step")
         card.text = card.text.replace(f"# {source.name}\n", f"# {output.name}\n").replace(
             f'from_pretrained("{source.name}"', f'from_pretrained("{output.name}"'
         )

@@ -28,13 +28,14 @@ def code_colors(model) -> np.ndarray:
     return (torch.special.ndtr(places) * 255).round().to(torch.uint8).cpu().numpy()
 
 
-def token_map(model, image_tokens: torch.Tensor) -> Image.Image:
+def token_map(model, image_tokens: torch.Tensor, colors: np.ndarray | None = None) -> Image.Image:
     """A picture of the tokens of an image, to lie upon it: a square of `decoder_patch_size` pixels for each, in the
     colour of its code (`code_colors`).
 
     Args:
         model: an [`ImageTokenizer`].
         image_tokens: (h, w), integers in [0, codebook_size).
+        colors: `code_colors(model)`, to compute them but once for many maps.
 
     Raises:
         ValueError: another shape, or tokens outside the codebook.
@@ -44,7 +45,8 @@ def token_map(model, image_tokens: torch.Tensor) -> Image.Image:
     for token in (image_tokens.min(), image_tokens.max()):
         check_code(model, token.item())
     patch = model.config.decoder_patch_size
-    colors = code_colors(model)[image_tokens.cpu().numpy()]
+    colors = code_colors(model) if colors is None else colors
+    colors = colors[image_tokens.cpu().numpy()]
     return Image.fromarray(colors.repeat(patch, 0).repeat(patch, 1))
 
 

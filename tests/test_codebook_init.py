@@ -266,7 +266,16 @@ def test_script_of_the_layers(tmp_path, image_folder, capsys):
     encoder_layers.main([*arguments, "--image_size", "28", "--codes", "8", "--layers", "0", "1"])
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][2:]
     assert [row[0] for row in rows] == ["| 0", "| 1", "| 2", "| 0, 2", "| 1, 2"]
-    assert all(0 <= float(row[3].rstrip("%")) <= 100 for row in rows)
+    linear, lost = ([float(row[i].rstrip(" |")) for row in rows] for i in (1, 4))
+    assert linear[0] > linear[2]  # the patch embedding is linear in the pixels
+    assert lost[2] < lost[0]  # of the last layer, codes of the last layer lose least
+
+    model = VQRAEModel.from_encoder_pretrained(str(tmp_path / "encoder"), image_size=32, decoder_patch_size=16).eval()
+    pixels = torch.rand(3, 3, 32, 32)
+    features = encoder_layers.features_of(model, pixels, [1, 2])
+    for layer in (1, 2):
+        model.config.encoder_layers = [layer]
+        torch.testing.assert_close(features[layer], model.get_latents(pixels).flatten(0, 1))
 
     features, mixing = torch.randn(200, 4), torch.randn(4, 6)
     weight = encoder_layers.linear(features, features @ mixing + 3, ridge=0.0)

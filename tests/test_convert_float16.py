@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import tiny_config
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard
 from safetensors.torch import load_file, save_file
 from test_loading import run
 from test_training import make_trainer
@@ -41,16 +41,21 @@ AutoImageProcessor.from_pretrained({str(tmp_path / "half")!r}, trust_remote_code
 assert {{str(p.dtype) for p in model.state_dict().values()}} == {{"torch.float32"}}
 """
     run(code, tmp_path, HF_HOME=str(tmp_path / "home"))
-    assert "dtype" in json.loads((tmp_path / "half" / "config.json").read_text())
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "float32"
 
 
 def test_card_tells_of_the_rounding_and_keeps_the_rest_but_no_numbers_of_other_weights(trained, tmp_path):
     card = ModelCard.load(trained / "README.md")
+    card.data.model_name = "mine"
+    card.data.eval_results = [EvalResult("image-to-image", "d", "d", "psnr", 20.0)]
     card.save(trained / "README.md")
     float16.main(["--model_name_or_path", str(trained), "--output_dir", str(tmp_path / "half")])
-    text = ModelCard.load(tmp_path / "half" / "README.md").text
+    half = ModelCard.load(tmp_path / "half" / "README.md")
+    text, told = half.text, "held-out images after step"
+    assert not half.data.eval_results and f"Before rounding, {told}" in text
     assert "float16" in text and "raw_weights" not in text and 'from_pretrained("half"' in text
-    assert card.text.partition("## Training")[2] == text.partition("## Training")[2]
+    rest = card.text.partition("## Training")[2]
+    assert rest.replace("Held-out images after step", f"Before rounding, {told}") == text.partition("## Training")[2]
     assert list((tmp_path / "half" / "reconstructions").glob("*.png"))
 
 

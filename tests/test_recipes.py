@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import encoder_config
 from test_loading import ROOT
 from test_losses import Perceptual
@@ -14,7 +15,6 @@ import train_hf
 
 
 RECIPES = sorted(path for path in (ROOT / "configs").glob("*.json") if path.name != "collapse.json")
-PUBLISHED = [path for path in RECIPES if path.stem != "quickstart"]
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +26,13 @@ def tiny_networks(tmp_path_factory):
         AutoModel.from_config(config).save_pretrained(folder / name)
     model = train_hf.VQRAEModel.from_encoder_pretrained(str(folder / "encoder"), codebook_size=64, codebook_dim=16)
     model.save_pretrained(folder / "stage1")
+    model = train_hf.VQRAEModel.from_encoder_pretrained(str(folder / "encoder"), codebook_size=64)
+    model.initialize_codebook([torch.rand(16, 3, 32, 32)])
+    model.save_pretrained(folder / "fitted")
     return folder
 
 
-@pytest.mark.parametrize("recipe", PUBLISHED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipes_name_their_source_and_deviations(recipe):
     options = json.loads(recipe.read_text())
     assert len(options["_source"]) > 20 and options["_deviations"]
@@ -64,7 +67,7 @@ def test_recipe_runs_two_steps(recipe, tiny_networks, tmp_path, image_folder, mo
     if "encoder_name_or_path" in options or recipe.stem in ("dinov2_small_128_stage1", "vqrae_dinov2_small_stage1"):
         tiny["encoder_name_or_path"] = str(tiny_networks / "encoder")
     if "model_name_or_path" in options:
-        tiny["model_name_or_path"] = str(tiny_networks / "stage1")
+        tiny["model_name_or_path"] = str(tiny_networks / ("fitted" if "token_passes" in options else "stage1"))
     else:
         tiny["model_config"] = json.dumps(fields)
     if options.get("discriminator") == "dino":

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import tiny_config
+from PIL import Image
 from test_training import make_trainer
 
 from modeling_simvq import VQRAEModel
@@ -75,14 +76,20 @@ def test_a_resumed_run_equals_the_whole_and_tokenizes_nothing_again(tmp_path, im
         assert torch.equal(tensor, resumed.model.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("what", ["codes", "images", "crops"])
+@pytest.mark.parametrize("what", ["codes", "layers", "names", "contents", "crops"])
 def test_tokens_of_something_else_are_computed_anew(tmp_path, image_folder, what):
-    trained(stage1(), image_folder, tmp_path / "out", token_passes=1, max_steps=1)
+    first = trained(stage1(), image_folder, tmp_path / "out", token_passes=1, max_steps=1)
     model, options = stage1(), {"token_passes": 1, "max_steps": 1}
     if what == "codes":
-        model = VQRAEModel(tiny_config())
-    elif what == "images":
+        model = VQRAEModel(tiny_config(codebook_init="kmeans"))
+    elif what == "layers":
+        model.config.encoder_layers = [0, 2]
+        model.quantizer.load_state_dict(first.model.quantizer.state_dict())  # the same weights all over
+        model.config.codebook_init_latents = 1
+    elif what == "names":
         next(image_folder.iterdir()).rename(image_folder / "e-0.png")
+    elif what == "contents":
+        Image.new("RGB", (48, 40), "red").save(image_folder / "a-0.png")
     trainer = make_trainer(model, image_folder, tmp_path / "out", seed=1, **options)
     if what == "crops":
         trainer.train_transform.seed = 5
@@ -92,15 +99,28 @@ def test_tokens_of_something_else_are_computed_anew(tmp_path, image_folder, what
     assert torch.equal(torch.stack(item["image_tokens"]), expected)
 
 
+def test_a_second_call_and_an_evaluation_of_training_images_work(tmp_path, image_folder):
+    trainer = trained(stage1(), image_folder, tmp_path / "out", token_passes=1, max_steps=1)
+    trainer.train()
+    assert trainer.evaluate(trainer.train_dataset)["eval_psnr"] > 0
+
+
 def test_an_image_that_cannot_be_read_is_named_before_training(tmp_path, image_folder):
     (image_folder / "b-9.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match="b-9.png"):
-        trained(VQRAEModel(tiny_config()), image_folder, tmp_path / "out", token_passes=1)
+        trained(stage1(), image_folder, tmp_path / "out", token_passes=1)
 
 
 @pytest.mark.parametrize(
-    "fields, reason", [({"freeze_encoder": False}, "encoder is trained"), ({"codebook_dim": 8}, "projection")]
+    "fields, reason",
+    [
+        ({"freeze_encoder": False}, "encoder is trained"),
+        ({"codebook_dim": 8}, "projection"),
+        ({"codebook_init": "gaussian"}, "not fitted"),
+    ],
 )
 def test_refused_where_tokens_would_change(tmp_path, image_folder, fields, reason):
     with pytest.raises(ValueError, match=reason):
-        make_trainer(VQRAEModel(tiny_config(**fields)), image_folder, tmp_path, token_passes=1)
+        make_trainer(
+            VQRAEModel(tiny_config(**{"codebook_init": "kmeans", **fields})), image_folder, tmp_path, token_passes=1
+        )

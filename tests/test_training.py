@@ -20,6 +20,7 @@ from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import VQRAEModel
 from training.arguments import VQRAETrainingArguments
 from training.data import EvalTransform, TrainTransform, collate, split_files, with_pixels
+from training.loading import load_pretrained
 from training.losses import PerceptualLoss, ReconstructionLoss
 from training.trainer import VQRAETrainer
 
@@ -159,6 +160,8 @@ def test_split_keeps_sources_apart():
     assert len(train) == 30 and len(held_out) == 10
     assert not {file.name[0] for file in train} & {file.name[0] for file in held_out}
     assert split_files(files, 0.25, "-") == (train, held_out)
+    alone = [Path("a.png"), Path("a-1.png"), Path("b.png"), Path("b-1.png")]  # a name without the separator
+    assert split_files(alone, 0.5, "-") == (alone[2:], alone[:2])
     with pytest.raises(ValueError, match="--eval_data"):
         split_files(files[:5], 0.25, "-")
 
@@ -174,6 +177,23 @@ def test_exif_rotation_is_applied(tmp_path):
     exif[0x0112] = 6
     Image.new("RGB", (30, 20)).save(tmp_path / "turned.jpg", exif=exif)
     assert decode_image({"path": str(tmp_path / "turned.jpg"), "bytes": None}).size == (20, 30)
+
+
+def test_what_pillow_would_start_another_program_for_is_not_opened(tmp_path):
+    Image.new("RGB", (30, 20)).save(tmp_path / "script.eps")
+    (tmp_path / "script.eps").rename(tmp_path / "image.png")
+    with pytest.raises(ValueError, match="image.png"):
+        decode_image({"path": str(tmp_path / "image.png"), "bytes": None})
+
+
+def test_another_image_size_for_a_saved_model(tmp_path):
+    """The encoder sees as many patches as there are tokens; what cannot be is told when the model is loaded."""
+    VQRAEModel(tiny_config()).save_pretrained(tmp_path)
+    model = load_pretrained(str(tmp_path), {"image_size": 48})
+    assert (model.config.image_size, model.config.encoder_input_size, model.config.grid_size) == (48, 48, 6)
+    model.save_pretrained(tmp_path / "again")
+    with pytest.raises(ValueError, match="4 x 4.*6 x 6"):
+        load_pretrained(str(tmp_path), {"image_size": 48, "encoder_input_size": 32})
 
 
 def test_empty_folder_and_missing_files_are_named(tmp_path):
