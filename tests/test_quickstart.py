@@ -47,7 +47,7 @@ def test_quick_start_reconstructs_fine_tunes_measures_and_writes_its_page(tmp_pa
     assert "data:image/png;base64," in page
     for when in ("before", "after"):
         results = json.loads((tmp_path / "out" / when / "results.json").read_text())
-        assert results["num_images"] == 47 and f"<td>{results['metrics']['psnr']:.4g}</td>" in page
+        assert results["num_images"] == 43 and f"<td>{results['metrics']['psnr']:.4g}</td>" in page
     with Image.open(tmp_path / "out" / "quickstart.png") as picture:
         assert picture.size == (8 * 34 + 2, 4 * 34 + 2)  # four rows of eight images of 32 px
     assert str(tmp_path / "out" / "quickstart.html") in capsys.readouterr().out
@@ -55,7 +55,7 @@ def test_quick_start_reconstructs_fine_tunes_measures_and_writes_its_page(tmp_pa
 
 def test_what_is_trained_on_is_not_what_is_held_out():
     train, heldout = ((ROOT / "examples" / f"{name}.txt").read_text().split() for name in ("train", "heldout"))
-    assert len(train) == 275 and len(heldout) == 47 and not set(train) & set(heldout)
+    assert len(train) == 275 and len(heldout) == 43 and not set(train) & set(heldout)
     sources = [{Path(name).name.split("-")[1].split(".")[0] for name in names} for names in (train, heldout)]
     assert not sources[0] & sources[1]
     assert all((ROOT / name).is_file() for name in train + heldout)
