@@ -26,7 +26,9 @@ CHECKPOINT = ROOT / "checkpoints" / "vqrae-dinov2-small"
 def test_quick_start_reconstructs_fine_tunes_measures_and_writes_its_page(tmp_path, monkeypatch, capsys):
     """With a tiny model, and two steps in place of the recipe's."""
     torch.manual_seed(0)
-    VQRAEModel(tiny_config()).save_pretrained(tmp_path / "tiny")
+    model = VQRAEModel(tiny_config())
+    model.initialize_codebook([torch.rand(16, 3, 32, 32)])
+    model.save_pretrained(tmp_path / "tiny")
     VQRAEImageProcessor.for_image_size(32).save_pretrained(tmp_path / "tiny")
     monkeypatch.setattr(quickstart, "CHECKPOINT", str(tmp_path / "tiny"))
     monkeypatch.setattr(quickstart, "OUTPUT", str(tmp_path / "out"))
