@@ -207,6 +207,11 @@ def main() -> None:
     set_seed(training_args.seed)
 
     model = load_model(model_args)
+    if model_args.model_name_or_path and not model.config.freeze_encoder and not training_args.distillation_weight:
+        print(
+            f"Warning: the encoder of {model_args.model_name_or_path} is trained, and nothing ties it to what it was: "
+            "its codes and features can be lost in a few steps. --stage 1 freezes it, --stage 2 adds distillation."
+        )
     size = model.config.image_size
     processor = load_processor(model_args.model_name_or_path, size)
     skipped_list = Path(training_args.output_dir) / "skipped_images.txt"

@@ -6,8 +6,9 @@
 Weights are stored in float16 and loaded as float32 (`dtype` of config.json), so that only they are rounded, not what is
 computed with them; float16 has three more bits for them than bfloat16. With --data the rounded model is compared with
 its source: tokens that differ, and pixels. Card, image processor, recipe, report and the latest picture go along, and
-today's code. Results of evaluations do not, and what training measured is said to be of the weights before:
-`eval/reconstruction.py --update_model_card` measures the new file.
+today's code; its encoder is frozen for those who train it further without --stage 2. Results of evaluations do not, and
+what training measured is said to be of the weights before: `eval/reconstruction.py --update_model_card` measures the
+new file.
 """
 
 import argparse
@@ -68,6 +69,7 @@ def convert(source: Path, output: Path) -> None:
         load_processor(str(source), model.config.image_size).save_pretrained(folder)
         custom_object_save(model, folder, config=model.config)
         model.config.dtype = "float32"
+        model.config.freeze_encoder = True  # whoever fine-tunes it does not train the encoder unawares
         model.config.save_pretrained(folder)
         halve(source / "model.safetensors", folder / "model.safetensors")
         card_file = source / "README.md"

@@ -41,7 +41,8 @@ AutoImageProcessor.from_pretrained({str(tmp_path / "half")!r}, trust_remote_code
 assert {{str(p.dtype) for p in model.state_dict().values()}} == {{"torch.float32"}}
 """
     run(code, tmp_path, HF_HOME=str(tmp_path / "home"))
-    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "float32"
+    config = json.loads((tmp_path / "half" / "config.json").read_text())
+    assert config["dtype"] == "float32" and config["freeze_encoder"]
 
 
 def test_card_tells_of_the_rounding_and_keeps_the_rest_but_no_numbers_of_other_weights(trained, tmp_path):
