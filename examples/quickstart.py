@@ -36,6 +36,7 @@ from modeling_simvq import VQRAEModel  # noqa: E402
 CHECKPOINT, OUTPUT, HELDOUT = "checkpoints/vqrae-dinov2-small", "runs/quickstart", "examples/heldout.txt"
 # four photographs, and four emoji of HELDOUT; none of them was in the training of the checkpoint
 SHOWN = ("astronaut.jpg", "chelsea.jpg", "coffee.jpg", "rocket.jpg")
+SHOWN += ("emoji-0023-fe0f-20e3.webp", "emoji-1f4a7.webp", "emoji-1f516.webp", "emoji-1f951.webp")
 ROWS = (
     "From above: originals; tokens, near codes in near colours; reconstructions; the same after fine-tuning on emoji."
 )
@@ -74,7 +75,6 @@ def reconstruct(name: str, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 def main() -> None:
     emoji = (ROOT / HELDOUT).read_text().split()
     files = [ROOT / "examples" / "images" / name for name in SHOWN]
-    files += [ROOT / name for name in emoji[:: len(emoji) // 4][:4]]
     processor = VQRAEImageProcessor.from_pretrained(ROOT / CHECKPOINT)
     images = [decode_image(record) for record in dataset_of_files(files)["image"]]
     pixels = processor(images, return_tensors="pt").pixel_values

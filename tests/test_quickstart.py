@@ -61,6 +61,7 @@ def test_what_is_trained_on_is_not_what_is_held_out():
     sources = [{Path(name).name.split("-")[1].split(".")[0] for name in names} for names in (train, heldout)]
     assert not sources[0] & sources[1]
     assert all((ROOT / name).is_file() for name in train + heldout)
+    assert {f"examples/images/{name}" for name in quickstart.SHOWN if name.startswith("emoji")} <= set(heldout)
 
 
 def test_checkpoint_works_from_another_folder(tmp_path):
