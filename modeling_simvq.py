@@ -813,22 +813,19 @@ class ImageTokenizer(PreTrainedModel):
         (B, h * w, width) both."""
         raise NotImplementedError
 
-    def _features_and_latents(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Continuous features (B, h * w, width), and latents as they are quantized (B, h * w, `latent_size`)."""
+    def _checked_features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`_image_features` of pixels that are checked first, without a graph where the encoder is frozen."""
         grid = self._grid(pixel_values)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_encoder):
-            features, latents = self._image_features(pixel_values, grid)
-        return features, self.project_in(latents)
+            return self._image_features(pixel_values, grid)
 
     def get_latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """What is quantized: (B, channels, H, W) in [0, 1] -> (B, h * w, `latent_size`), row by row."""
-        return self._features_and_latents(pixel_values)[1]
+        return self.project_in(self._checked_features(pixel_values)[1])
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Continuous features, for understanding: (B, channels, H, W) in [0, 1] -> (B, h * w, width), row by row."""
-        grid = self._grid(pixel_values)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_encoder):
-            return self._image_features(pixel_values, grid)[0]
+        return self._checked_features(pixel_values)[0]
 
     def _normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         return (pixels - self._channels(self.config.image_mean, pixels)) / self._channels(self.config.image_std, pixels)
@@ -847,8 +844,8 @@ class ImageTokenizer(PreTrainedModel):
         Raises:
             ValueError: another shape, dtype or range; or, in eval mode, features that are not finite.
         """
-        features, latents = self._features_and_latents(pixel_values)
-        quantized, embedding_loss, tokens = self.quantizer(latents)
+        features, latents = self._checked_features(pixel_values)
+        quantized, embedding_loss, tokens = self.quantizer(self.project_in(latents))
         return VQRAEEncoderOutput(
             last_hidden_state=features,
             quantized_last_hidden_state=self.project_out(quantized),

@@ -12,7 +12,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 Image.init()
 # not all that Pillow knows: for some it starts other programs (Ghostscript for EPS)
-FORMATS = {"AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP"} & Image.OPEN.keys()
+FORMATS = {"AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP"}
+FORMATS = sorted(FORMATS & Image.OPEN.keys())
 EXTENSIONS = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
@@ -85,7 +86,7 @@ def decode_image(record: dict, turned_by_exif: bool = True) -> Image.Image:
     """
     try:
         source = record["path"] if record["bytes"] is None else io.BytesIO(record["bytes"])
-        with Image.open(source, formats=sorted(FORMATS)) as image:
+        with Image.open(source, formats=FORMATS) as image:
             image.load()
             try:
                 image = ImageOps.exif_transpose(image) if turned_by_exif else image

@@ -260,6 +260,7 @@ def test_script_of_the_layers(tmp_path, image_folder, capsys):
 
     from benchmarks import encoder_layers
 
+    torch.manual_seed(0)
     encoder = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 14, "image_size": 28}
     Dinov2Model(AutoConfig.for_model("dinov2", **encoder)).save_pretrained(tmp_path / "encoder")
     arguments = ["--encoder", str(tmp_path / "encoder"), "--photos", str(image_folder), "--emoji", str(image_folder)]
