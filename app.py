@@ -19,17 +19,18 @@ from PIL import Image, ImageDraw
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 
-import gradio as gr  # noqa: E402
+import gradio as gr
 
-from eval.codebook_usage.codebook_usage import codebook_statistics, count_codes  # noqa: E402
-from eval.images import decode_image, find_images  # noqa: E402
-from eval.metrics import to_uint8  # noqa: E402
-from eval.psnr.psnr import psnr_per_image  # noqa: E402
-from eval.results import code_chart  # noqa: E402
-from eval.tokens import check_code, code_colors, code_pixels, neighbours, replace_tokens, token_map  # noqa: E402
-from image_processing_simvq import VQRAEImageProcessor  # noqa: E402
-from modeling_simvq import ImageTokenizer  # noqa: E402
-from training.loading import load_pretrained, load_processor  # noqa: E402
+from eval.codebook_usage.codebook_usage import codebook_statistics, count_codes
+from eval.metrics import to_uint8
+from eval.psnr.psnr import psnr_per_image
+from eval.results import code_chart
+from eval.token_maps import check_code, code_colors, code_pixels, neighbours, replace_tokens, token_map
+from image_processing_simvq import VQRAEImageProcessor
+from modeling_simvq import ImageTokenizer
+from reading.images import decode_image
+from reading.models import load_pretrained, load_processor
+from reading.sources import find_images
 
 
 ROOT = Path(__file__).parent

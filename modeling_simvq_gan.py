@@ -15,12 +15,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 try:
     from .configuration_simvq_gan import NORM_GROUPS, SimVQGANConfig
-    from .modeling_simvq import ImageTokenizer, SimVQ
+    from .modeling_simvq import ImageTokenizer
+    from .quantization_simvq import SimVQ
 except ImportError:
     if __package__:  # a real error inside them must not be masked
         raise
     from configuration_simvq_gan import NORM_GROUPS, SimVQGANConfig
-    from modeling_simvq import ImageTokenizer, SimVQ
+    from modeling_simvq import ImageTokenizer
+    from quantization_simvq import SimVQ
 
 
 def group_norm(channels: int) -> nn.GroupNorm:

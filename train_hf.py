@@ -28,13 +28,13 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from configuration_simvq import VQRAEConfig
 from eval.files import write_whole
-from eval.images import dataset_of_files, find_images, load_images
 from modeling_simvq import ImageTokenizer, VQRAEModel
+from reading.models import load_pretrained, load_processor
+from reading.sources import dataset_of_files, find_images, load_images
 from training.arguments import VQRAETrainingArguments
 from training.card import Provenance, write_recipe
 from training.data import EvalTransform, TrainTransform, collate, readable_images, split_files, with_pixels
 from training.hub import download_checkpoint
-from training.loading import load_pretrained, load_processor
 from training.report import write_report
 from training.trainer import VQRAETrainer
 

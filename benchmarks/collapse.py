@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Why the codes of a tokenizer fall out of use on frozen features, and what keeps them in use.
 
-    python benchmarks/collapse.py --encoder DINOV2_SMALL --data PHOTOS EMOJI --output_dir runs/collapse
+    python -m benchmarks.collapse --encoder DINOV2_SMALL --data PHOTOS EMOJI --output_dir runs/collapse
 
 Four parts, each a table in results.md (configs/collapse.json holds every number; --config for others):
 
@@ -28,7 +28,6 @@ held-out images.
 import argparse
 import json
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -39,21 +38,22 @@ from torch import nn
 from tqdm import tqdm
 from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
 
+from configuration_simvq import VQRAEConfig
+from eval.codebook_usage.codebook_usage import codebook_statistics
+from eval.files import write_whole
+from eval.metrics import CodebookWindow, to_uint8
+from eval.networks import load_networks
+from eval.pictures import save_rows
+from eval.protocol import Protocol
+from eval.psnr.psnr import psnr_per_image
+from image_processing_simvq import VQRAEImageProcessor
+from modeling_simvq import VQRAEModel
+from quantization_simvq import SimVQ, VectorQuantizer
+from reading.sources import find_images
+from training.data import EvalTransform, TrainTransform, split_files
+
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # `python benchmarks/collapse.py` from a clone
-
-from eval.codebook_usage.codebook_usage import codebook_statistics  # noqa: E402
-from eval.files import write_whole  # noqa: E402
-from eval.images import find_images  # noqa: E402
-from eval.metrics import CodebookWindow, to_uint8  # noqa: E402
-from eval.networks import load_networks  # noqa: E402
-from eval.pictures import save_rows  # noqa: E402
-from eval.protocol import Protocol  # noqa: E402
-from eval.psnr.psnr import psnr_per_image  # noqa: E402
-from image_processing_simvq import VQRAEImageProcessor  # noqa: E402
-from modeling_simvq import SimVQ, VectorQuantizer, VQRAEConfig, VQRAEModel  # noqa: E402
-from training.data import EvalTransform, TrainTransform, split_files  # noqa: E402
 
 
 ARMS = ("plain codebook", "SimVQ, Gaussian", "SimVQ, k-means")  # and, where a run says so, "more"

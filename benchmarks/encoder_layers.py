@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What the layers of a vision encoder still know of pixels, and how much of it survives quantization.
 
-    python benchmarks/encoder_layers.py --encoder DINOV2_SMALL --photos PHOTOS --emoji EMOJI
+    python -m benchmarks.encoder_layers --encoder DINOV2_SMALL --photos PHOTOS --emoji EMOJI
 
 For each layer, and for the mean of each with the last one, prints for photographs and emoji of held-out sources
 
@@ -14,21 +14,17 @@ No decoder, no training: a few minutes on two CPU cores.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from eval.images import dataset_of_files, find_images  # noqa: E402
-from image_processing_simvq import VQRAEImageProcessor  # noqa: E402
-from modeling_simvq import SimVQ, VQRAEModel  # noqa: E402
-from training.data import EvalTransform, split_files  # noqa: E402
+from image_processing_simvq import VQRAEImageProcessor
+from modeling_simvq import VQRAEModel
+from quantization_simvq import SimVQ
+from reading.sources import dataset_of_files, find_images
+from training.data import EvalTransform, split_files
 
 
 def read(files: list[Path], size: int) -> torch.Tensor:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What an evaluation costs, beside the SimVQ reference's loop.
 
-    pip install ".[benchmark]" && python benchmarks/evaluation.py --data PHOTOS
+    pip install ".[benchmark]" && python -m benchmarks.evaluation --data PHOTOS
 
 1. Everything that is not a network: reading, cropping, counting codes, PSNR, SSIM and pictures, on 1,000 images with a
    tiny model, under the protocol `simvq-128`; and the same numbers from the reference's evaluation.py written out
@@ -17,7 +17,6 @@ Images are those of --data, again and again until there are enough.
 import argparse
 import contextlib
 import resource
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -31,17 +30,18 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import nn
 from torchmetrics.functional.image.lpips import _NoTrainLpips
 
+from configuration_simvq import VQRAEConfig
+from eval.crops import CroppedImages
+from eval.evaluation import Evaluation, Networks
+from eval.protocol import Protocol
+from eval.reconstruction import ModelReconstruction, evaluate
+from eval.results import write_results
+from eval.rfid.rfid import InceptionV3
+from modeling_simvq import VQRAEModel
+from reading.sources import dataset_of_files, find_images
+
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # `python benchmarks/evaluation.py` from a clone
-
-from eval.evaluation import Evaluation, Networks  # noqa: E402
-from eval.images import CroppedImages, dataset_of_files, find_images  # noqa: E402
-from eval.protocol import Protocol  # noqa: E402
-from eval.reconstruction import ModelReconstruction, evaluate  # noqa: E402
-from eval.results import write_results  # noqa: E402
-from eval.rfid.rfid import InceptionV3  # noqa: E402
-from modeling_simvq import VQRAEConfig, VQRAEModel  # noqa: E402
 
 
 class Timed:

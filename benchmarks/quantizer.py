@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Time and memory of SimVQ against other ways to compute the same thing.
 
-    python benchmarks/quantizer.py                          # everything, about 20 minutes on 2 cores
-    python benchmarks/quantizer.py --sections table --rows 2048,65536,128
+    python -m benchmarks.quantizer                          # everything, about 20 minutes on 2 cores
+    python -m benchmarks.quantizer --sections table --rows 2048,65536,128
 
 Sections:
 
@@ -35,11 +35,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from eval.files import write_whole
+
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # `python benchmarks/quantizer.py` from a clone
-
-from eval.files import write_whole  # noqa: E402
 
 
 ROWS = ["4096,1024,128", "4096,16384,256", "2048,16384,1536", "2048,65536,128", "2048,262144,128", "16384,262144,128"]
@@ -207,7 +206,7 @@ def side_by_side(tasks: dict[str, dict], repeats: int, progress) -> dict[str, di
     memory, seconds = {}, {name: [] for name in tasks}
     try:
         for name, task in tasks.items():  # one after the other: none is disturbed while it warms up
-            command = [sys.executable, __file__, "--worker", json.dumps(task)]
+            command = [sys.executable, "-m", "benchmarks.quantizer", "--worker", json.dumps(task)]
             processes[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             memory[name] = answer(name, processes[name])
         for _ in range(repeats):

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Time and memory of one full training step, GAN and LPIPS on, beside the same step written the references' way.
 
-    python benchmarks/training_step.py
+    python -m benchmarks.training_step
 
 Both train the quantizer and the decoder on a frozen encoder with L1 + LPIPS (VGG) + adaptive PatchGAN: the same
 networks from the same seeds, the same pixels, fp32. "references" does what RAE's and taming's loops do: a torchmetrics
@@ -30,15 +30,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics.functional.image.lpips import _NoTrainLpips
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
+import training.losses
+from configuration_simvq import VQRAEConfig
+from modeling_simvq import VQRAEModel
+from training.arguments import VQRAETrainingArguments
+from training.losses import discriminator_hinge, generator_hinge
+from training.trainer import VQRAETrainer
+
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # `python benchmarks/training_step.py` from a clone
-
-import training.losses  # noqa: E402
-from modeling_simvq import VQRAEConfig, VQRAEModel  # noqa: E402
-from training.arguments import VQRAETrainingArguments  # noqa: E402
-from training.losses import discriminator_hinge, generator_hinge  # noqa: E402
-from training.trainer import VQRAETrainer  # noqa: E402
 
 
 def lpips_network() -> torch.nn.Module:
@@ -212,7 +212,8 @@ def main() -> None:
         return
 
     def run(kind: str) -> dict:
-        output = subprocess.run([sys.executable, *sys.argv, "--run", kind], check=True, capture_output=True, text=True)
+        command = [sys.executable, "-m", "benchmarks.training_step", *sys.argv[1:], "--run", kind]
+        output = subprocess.run(command, check=True, capture_output=True, text=True)
         return json.loads(output.stdout.splitlines()[-1])
 
     results = {"references": [], "ours": []}

@@ -1,6 +1,6 @@
 """The images on which `vqrae-dinov2-small` was trained, and those that were held out.
 
-    python checkpoints/training_images.py --photos PHOTOS --emoji EMOJI --output_dir runs/images
+    python -m checkpoints.training_images --photos PHOTOS --emoji EMOJI --output_dir runs/images
 
 PHOTOS: 256 px tiles of the wallpapers of Debian's mate-backgrounds and plasma-workspace-wallpapers, named
 `source-....jpg`. EMOJI: the renders of @lobehub/fluent-emoji-3d. To these come tiles of the photographs in three more
@@ -11,20 +11,15 @@ source in common with what is trained on.
 
 import argparse
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
 
-
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from eval.files import write_folder_whole, write_whole  # noqa: E402
-from eval.images import find_images  # noqa: E402
-from training.data import split_files  # noqa: E402
+from eval.files import write_folder_whole, write_whole
+from reading.sources import find_images
+from training.data import split_files
 
 
 # Licences: the files /usr/share/doc/PACKAGE/copyright in the packages

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Halves the files of a trained tokenizer: encoder and decoder in float16, the quantizer in float32 as it is.
 
-    python convert/float16.py --model_name_or_path runs/stage2 --data my_images --output_dir checkpoints/my-tokenizer
+    python -m convert.float16 --model_name_or_path runs/stage2 --data my_images --output_dir checkpoints/my-tokenizer
 
 Weights are stored in float16 and loaded as float32 (`dtype` of config.json), so that only they are rounded, not what is
 computed with them; float16 has three more bits for them than bfloat16. With --data the rounded model is compared with
@@ -23,16 +23,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers.dynamic_module_utils import custom_object_save
 
-
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from eval.files import write_folder_whole  # noqa: E402
-from eval.images import dataset_of_files, decode_image, find_images  # noqa: E402
-from eval.psnr.psnr import psnr_per_image  # noqa: E402
-from image_processing_simvq import VQRAEImageProcessor  # noqa: E402
-from modeling_simvq import ImageTokenizer  # noqa: E402
-from training.loading import load_pretrained, load_processor  # noqa: E402
+from eval.files import write_folder_whole
+from eval.psnr.psnr import psnr_per_image
+from image_processing_simvq import VQRAEImageProcessor
+from modeling_simvq import ImageTokenizer
+from reading.images import decode_image
+from reading.models import load_pretrained, load_processor
+from reading.sources import dataset_of_files, find_images
 
 
 COPIED = ("training_recipe.json", "training_report.html")

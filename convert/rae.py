@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """Turns a RAE (Representation Autoencoder, arXiv 2510.11690) into a VQRAE, whose stage 1 then starts from its decoder.
 
-    python convert/rae.py --diffusers nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08 --output_dir runs/rae_dinov2
-    python convert/rae.py --rae_config RAE/configs/stage1/pretrained/DINOv2-B.yaml \\
+    python -m convert.rae --diffusers nyu-visionx/RAE-dinov2-wReg-base-ViTXL-n08 --output_dir runs/rae_dinov2
+    python -m convert.rae --rae_config RAE/configs/stage1/pretrained/DINOv2-B.yaml \\
         --decoder RAE/models/decoders/dinov2/wReg_base/ViTXL_n08/model.pt --output_dir runs/rae_dinov2
 
 The first form reads what diffusers' AutoencoderRAE wrote. The second reads the files of github.com/bytetriper/RAE: a
@@ -41,14 +41,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoImageProcessor
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python convert/rae.py` from a clone
-
-from configuration_simvq import VQRAEConfig  # noqa: E402
-from eval.files import write_folder_whole  # noqa: E402
-from eval.images import decode_image, find_images  # noqa: E402
-from image_processing_simvq import VQRAEImageProcessor  # noqa: E402
-from modeling_simvq import VQRAEModel, sincos_positions  # noqa: E402
+from configuration_simvq import VQRAEConfig
+from eval.files import write_folder_whole
+from image_processing_simvq import VQRAEImageProcessor
+from modeling_simvq import VQRAEModel, sincos_positions
+from reading.images import decode_image
+from reading.sources import find_images
 
 
 # The names of our decoder's modules, as RAE and diffusers call them; all others are the same.

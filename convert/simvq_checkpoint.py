@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Converts an image checkpoint of the SimVQ reference (github.com/youngsheen/SimVQ) to a SimVQGANModel.
 
-    python convert/simvq_checkpoint.py --checkpoint "vq_log/simvq_1k/epoch=49-step=250250.ckpt" \\
+    python -m convert.simvq_checkpoint --checkpoint "vq_log/simvq_1k/epoch=49-step=250250.ckpt" \\
         --config vq_log/simvq_1k/size128/config.yaml --output_dir simvq-1k
 
 The authors' checkpoints with 1,024 to 262,144 codes are in huggingface.co/youngsheen/SimVQ, the config.yaml of each
@@ -11,7 +11,7 @@ executes nothing, neither from the pickle nor what the YAML names.
 --output_dir gets model.safetensors, config.json, preprocessor_config.json, the modeling code and a model card:
 
     model = AutoModel.from_pretrained("simvq-1k", trust_remote_code=True).eval()
-    python eval/reconstruction.py --model_name_or_path simvq-1k --data my_images --protocol simvq-128 --output_dir out
+    python -m eval.reconstruction --model_name_or_path simvq-1k --data my_images --protocol simvq-128 --output_dir out
     python train_hf.py configs/simvq_128.json --model_name_or_path simvq-1k --model_config {} --train_data my_images
 
 Every weight of the model must be in the checkpoint in its shape, and every key of the checkpoint must have a known use;
@@ -30,13 +30,10 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.errors import StrictDataclassError
 from transformers.image_utils import PILImageResampling
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `python convert/simvq_checkpoint.py` from a clone
-
-from configuration_simvq_gan import SimVQGANConfig  # noqa: E402
-from eval.files import sha256_of_files, write_folder_whole  # noqa: E402
-from image_processing_simvq import VQRAEImageProcessor  # noqa: E402
-from modeling_simvq_gan import SimVQGANModel  # noqa: E402
+from configuration_simvq_gan import SimVQGANConfig
+from eval.files import sha256_of_files, write_folder_whole
+from image_processing_simvq import VQRAEImageProcessor
+from modeling_simvq_gan import SimVQGANModel
 
 
 MODEL, QUANTIZER = "taming.models.vq.VQModel", "taming.modules.vqvae.quantize.SimVQ"

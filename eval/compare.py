@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Puts evaluations side by side.
 
-    python eval/compare.py a/results.json b/results.json [more/results.json ...]
+    python -m eval.compare a/results.json b/results.json [more/results.json ...]
 
 Prints a Markdown table, one column a run, with the difference to the first. Runs under different protocols, or on other
 images, are not compared: their numbers mean different things.
@@ -12,11 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-
-if __name__ == "__main__":  # not this folder: its `lpips` is not the package of that name
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from eval.results import title  # noqa: E402
+from eval.results import title
 
 
 def differences(first: dict, other: dict) -> list[str]:

@@ -10,7 +10,7 @@ from accelerate.utils import gather_object, reduce
 from torch import nn
 
 from eval.codebook_usage.codebook_usage import codebook_statistics, count_codes
-from eval.images import different_sizes
+from eval.crops import different_sizes
 from eval.protocol import Protocol
 from eval.psnr.psnr import psnr_per_image
 from eval.rfid.rfid import Moments, frechet_distance

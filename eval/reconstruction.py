@@ -1,12 +1,12 @@
 #!/usr/bin/env python
 """Measures how well a tokenizer reconstructs images, under a named protocol.
 
-    python eval/reconstruction.py --model_name_or_path runs/quickstart --data my_images --output_dir results
-    python eval/reconstruction.py --model_name_or_path org/model --data ILSVRC/imagenet-1k --protocol titok-256 \\
+    python -m eval.reconstruction --model_name_or_path runs/quickstart --data my_images --output_dir results
+    python -m eval.reconstruction --model_name_or_path org/model --data ILSVRC/imagenet-1k --protocol titok-256 \\
         --output_dir results
-    python eval/reconstruction.py --callable their_code:reconstruct --data my_images --image_size 256 \\
+    python -m eval.reconstruction --callable their_code:reconstruct --data my_images --image_size 256 \\
         --output_dir results
-    python eval/reconstruction.py --real originals --fake reconstructions --output_dir results
+    python -m eval.reconstruction --real originals --fake reconstructions --output_dir results
 
 A tokenizer of this repository (or one with its methods), any function from pixels to pixels, or two folders of images:
 rFID, LPIPS, PSNR, SSIM, MS-SSIM, use of the codebook, semantic agreement, as far as the protocol has them. Protocols
@@ -14,14 +14,13 @@ are the files of eval/protocols; docs/evaluation.md tells where they come from a
 
 Writes results.json (every number with all that it depends on), results.md, report.html (numbers, pictures, error maps,
 use of the codes), pictures.png and, where there are tokens, code_counts.npy. An interrupted run goes on when the same
-command is given again. `accelerate launch eval/reconstruction.py ...` shares the images among processes and gives the
+command is given again. `accelerate launch -m eval.reconstruction ...` shares the images among processes and gives the
 same numbers.
 """
 
 import argparse
 import hashlib
 import json
-import sys
 import time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -32,21 +31,18 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, set_seed
 
-
-if __name__ == "__main__":  # not this folder: its `lpips` is not the package of that name
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from eval.evaluation import Evaluation  # noqa: E402
-from eval.files import write_whole  # noqa: E402
-from eval.images import CroppedImages, collate_images, dataset_of_files, find_images, load_images, match_images  # noqa: E402
-from eval.metrics import to_uint8  # noqa: E402
-from eval.networks import load_networks, load_object, source_hash, weights_hash  # noqa: E402
-from eval.protocol import Protocol, names  # noqa: E402
-from eval.results import library_versions, update_model_card, write_results  # noqa: E402
-from eval.semantic_agreement.semantic_agreement import cosine_per_image  # noqa: E402
-from image_processing_simvq import VQRAEImageProcessor  # noqa: E402
-from modeling_simvq import VQRAEModel  # noqa: E402
-from modeling_simvq_gan import SimVQGANModel  # noqa: E402
+from eval.crops import CroppedImages, collate_images
+from eval.evaluation import Evaluation
+from eval.files import write_whole
+from eval.metrics import to_uint8
+from eval.networks import load_networks, load_object, source_hash, weights_hash
+from eval.protocol import Protocol, names
+from eval.results import library_versions, update_model_card, write_results
+from eval.semantic_agreement.semantic_agreement import cosine_per_image
+from image_processing_simvq import VQRAEImageProcessor
+from modeling_simvq import VQRAEModel
+from modeling_simvq_gan import SimVQGANModel
+from reading.sources import dataset_of_files, find_images, load_images, match_images
 
 
 for model_class in (VQRAEModel, SimVQGANModel):

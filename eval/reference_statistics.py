@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Makes the reference statistics of an rFID: mean and covariance of the Inception features of a set of images.
 
-    python eval/reference_statistics.py --data imagenet_val --protocol titok-256 --output_file imagenet_val_256.npz
+    python -m eval.reference_statistics --data imagenet_val --protocol titok-256 --output_file imagenet_val_256.npz
 
 The file (`mu`, `sigma`) is what pytorch-fid reads and writes as well, and what `eval/reconstruction.py
 --reference_statistics` takes. Images are cropped as the protocol says.
@@ -16,15 +16,12 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-
-if __name__ == "__main__":  # not this folder: its `lpips` is not the package of that name
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from eval.files import write_whole  # noqa: E402
-from eval.images import CroppedImages, collate_images, load_images  # noqa: E402
-from eval.networks import load_networks  # noqa: E402
-from eval.protocol import Protocol, names  # noqa: E402
-from eval.rfid.rfid import Moments  # noqa: E402
+from eval.crops import CroppedImages, collate_images
+from eval.files import write_whole
+from eval.networks import load_networks
+from eval.protocol import Protocol, names
+from eval.rfid.rfid import Moments
+from reading.sources import load_images
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """The first minutes with a tokenizer: images to tokens and back, a short fine-tuning, and what it changed.
 
-    python examples/quickstart.py
+    python -m examples.quickstart
 
 Loads checkpoints/vqrae-dinov2-small, reconstructs images that it has not seen, fine-tunes its decoder on emoji,
 measures it before and after on others that are held out, and writes runs/quickstart/quickstart.html. Offline, a few
@@ -19,18 +19,17 @@ from pathlib import Path
 import torch
 from torchvision.transforms.functional import pil_to_tensor
 
+from eval.files import write_whole
+from eval.pictures import as_html, rows_of
+from eval.results import title
+from eval.token_maps import token_map
+from image_processing_simvq import VQRAEImageProcessor
+from modeling_simvq import VQRAEModel
+from reading.images import decode_image
+from reading.sources import dataset_of_files
+
 
 ROOT = Path(__file__).resolve().parents[1]
-if __name__ == "__main__":
-    sys.path[0] = str(ROOT)
-
-from eval.files import write_whole  # noqa: E402
-from eval.images import dataset_of_files, decode_image  # noqa: E402
-from eval.pictures import as_html, rows_of  # noqa: E402
-from eval.results import title  # noqa: E402
-from eval.tokens import token_map  # noqa: E402
-from image_processing_simvq import VQRAEImageProcessor  # noqa: E402
-from modeling_simvq import VQRAEModel  # noqa: E402
 
 
 CHECKPOINT, OUTPUT, HELDOUT = "checkpoints/vqrae-dinov2-small", "runs/quickstart", "examples/heldout.txt"
@@ -43,7 +42,7 @@ ROWS = (
 NEXT = f"""What to try next:
   python app.py                                            the same by mouse: pip install ".[demo]"
   python train_hf.py configs/quickstart.json --train_data MY_IMAGES --eval_data MY_OTHERS --output_dir runs/mine
-  python eval/reconstruction.py --model_name_or_path {CHECKPOINT} --data MY_IMAGES --output_dir results
+  python -m eval.reconstruction --model_name_or_path {CHECKPOINT} --data MY_IMAGES --output_dir results
 README.md, "Train on your images", for a tokenizer on another encoder."""
 
 
@@ -57,7 +56,7 @@ def measure(model: str, name: str) -> dict[str, float]:
     """Metrics of a model on the held-out emoji, without those that need the weights of other networks."""
     output = f"{OUTPUT}/{name}"
     run(
-        "eval/reconstruction.py",
+        *("-m", "eval.reconstruction"),
         *("--model_name_or_path", model, "--data", HELDOUT, "--image_size", "112"),
         *("--network_metrics", "--output_dir", output),
     )

@@ -10,8 +10,10 @@ from sklearn.cluster import KMeans
 from test_loading import ROOT, run
 from test_training import make_trainer
 
+from configuration_simvq import VQRAEConfig
 from eval.metrics import CodebookWindow
-from modeling_simvq import SimVQ, VQRAEConfig, VQRAEModel, kmeans
+from modeling_simvq import VQRAEModel
+from quantization_simvq import SimVQ, kmeans
 from train_hf import ModelArguments, load_model
 
 
@@ -240,7 +242,7 @@ def test_script_of_the_benchmark(tmp_path, image_folder, monkeypatch):
     settings["small_vit"] |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "image_size": 28}
     settings["decoder"] |= {"decoder_hidden_size": 32, "decoder_intermediate_size": 64}
     (tmp_path / "settings.json").write_text(json.dumps(settings))
-    arguments = [str(ROOT / "benchmarks" / "collapse.py"), "--encoder", "encoder", "--data", str(image_folder)]
+    arguments = ["-m", "benchmarks.collapse", "--encoder", "encoder", "--data", str(image_folder)]
     arguments += ["--config", "settings.json", "--output_dir", "out"]
     no_download = {"TORCH_HOME": str(tmp_path / "torch"), "https_proxy": "http://127.0.0.1:9"}
     output = run(arguments, tmp_path, **no_download)

@@ -12,7 +12,7 @@ from test_training import make_trainer
 
 from convert import float16
 from modeling_simvq import VQRAEModel
-from training.loading import load_pretrained
+from reading.models import load_pretrained
 
 
 @pytest.fixture

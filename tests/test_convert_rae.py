@@ -374,5 +374,4 @@ def test_what_reads_back_otherwise_is_not_kept(source, tmp_path, monkeypatch):
 
 
 def test_help_from_anywhere(tmp_path):
-    script = Path(__file__).parents[1] / "convert" / "rae.py"
-    assert "--rae_config" in run([str(script), "--help"], tmp_path)
+    assert "--rae_config" in run(["-m", "convert.rae", "--help"], tmp_path)

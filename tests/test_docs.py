@@ -8,9 +8,9 @@ from conftest import tiny_config
 from PIL import Image
 from test_loading import ROOT, run
 
-from eval.images import find_images
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import VQRAEModel
+from reading.sources import find_images
 
 
 def blocks(path: str, language: str = "python") -> list[str]:
@@ -22,7 +22,7 @@ def test_files_that_documents_name_are_there():
     for document in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("checkpoints/*.md")]:
         named = set(
             re.findall(
-                r"(?<![\w/])(?:checkpoints|configs|docs|eval|examples|benchmarks|convert|training)/[\w/.-]*\.(?:json|md|py|png|jpg|yaml)",
+                r"(?<![\w/])(?:checkpoints|configs|docs|eval|examples|benchmarks|convert|reading|training)/[\w/.-]*\.(?:json|md|py|png|jpg|yaml)",
                 document.read_text(),
             )
         )

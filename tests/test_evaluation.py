@@ -20,8 +20,8 @@ from test_loading import ROOT, run
 
 from eval import compare, reconstruction, reference_statistics
 from eval.codebook_usage.codebook_usage import codebook_statistics, count_codes
+from eval.crops import CroppedImages, collate_images
 from eval.evaluation import Evaluation, Networks
-from eval.images import CroppedImages, collate_images, dataset_of_files, find_images
 from eval.metrics import to_uint8
 from eval.pictures import save_rows
 from eval.protocol import Protocol, names
@@ -32,6 +32,7 @@ from eval.rfid.rfid import InceptionV3, Moments, frechet_distance, load_statisti
 from eval.ssim.ssim import ms_ssim_per_image, ssim_per_image
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import VQRAEModel
+from reading.sources import dataset_of_files, find_images
 
 
 ASSETS = pytest.mark.skipif("VQRAE_ASSETS" not in os.environ, reason="VQRAE_ASSETS is not set: no LPIPS weights")
@@ -471,7 +472,7 @@ def test_script_measures_a_model_on_a_folder(tmp_path, image_folder, saved_model
     (tmp_path / "model" / "README.md").write_text("---\nlibrary_name: transformers\n---\n# Mine\n")
     (image_folder / "broken.png").write_bytes(b"no image")
     output = run(
-        [str(ROOT / "eval" / "reconstruction.py"), "--model_name_or_path", "model", "--data", str(image_folder),
+        ["-m", "eval.reconstruction", "--model_name_or_path", "model", "--data", str(image_folder),
          "--output_dir", "results", "--batch_size", "5", "--update_model_card"],
         cwd=tmp_path, TORCH_HOME=str(tmp_path / "no weights here"),
         http_proxy="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9",

@@ -21,7 +21,7 @@ from modeling_simvq import VQRAEModel
 from training.hub import export_checkpoint, import_checkpoint
 
 
-CODE = ["configuration_simvq.py", "image_processing_simvq.py", "modeling_simvq.py"]
+CODE = ["configuration_simvq.py", "image_processing_simvq.py", "modeling_simvq.py", "quantization_simvq.py"]
 GAN_CODE = ["configuration_simvq_gan.py", "modeling_simvq_gan.py"]
 LOAD = """
 import sys, torch

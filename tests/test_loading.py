@@ -16,11 +16,19 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(code_or_arguments, cwd, **environment) -> str:
-    """Standard output of a fresh Python process outside the repository."""
+    """Standard output of a fresh Python process outside the repository, which knows the repository only if one of its
+    scripts runs as a module."""
     arguments = ["-c", code_or_arguments] if isinstance(code_or_arguments, str) else code_or_arguments
     inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    if arguments[0] == "-m" and (ROOT / arguments[1].split(".")[0]).is_dir():
+        environment.setdefault("PYTHONPATH", str(ROOT))
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, env=inherited | environment, capture_output=True, text=True
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env=inherited | environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -28,7 +36,7 @@ def run(code_or_arguments, cwd, **environment) -> str:
 
 def test_from_a_clone(tmp_path):
     assert "--encoder_name_or_path" in run([str(ROOT / "train_hf.py"), "--help"], tmp_path)
-    assert "--inception_weights" in run([str(ROOT / "eval" / "reconstruction.py"), "--help"], tmp_path)
+    assert "--inception_weights" in run(["-m", "eval.reconstruction", "--help"], tmp_path)
 
 
 def test_after_pip_install(tmp_path):
@@ -49,6 +57,7 @@ def test_after_pip_install(tmp_path):
         "image_processing_simvq.py",
         "modeling_simvq.py",
         "modeling_simvq_gan.py",
+        "quantization_simvq.py",
     ]
 
 

@@ -6,7 +6,8 @@ from PIL import Image
 from transformers import AutoConfig, AutoModel
 
 from image_processing_simvq import VQRAEImageProcessor
-from modeling_simvq import VectorQuantizer, VQRAEModel, sincos_positions
+from modeling_simvq import VQRAEModel, sincos_positions
+from quantization_simvq import VectorQuantizer
 
 
 @pytest.mark.parametrize("model_type", ENCODERS)

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import modeling_simvq
-from modeling_simvq import SimVQ, VectorQuantizer
+import quantization_simvq
+from quantization_simvq import SimVQ, VectorQuantizer
 
 
 def naive(quantizer, z):
@@ -123,8 +123,8 @@ def test_tiling_does_not_change_the_result(monkeypatch):
     torch.manual_seed(0)
     quantizer, z = SimVQ(301, 16), torch.randn(1, 157, 16)
     expected = quantizer(z)[2]
-    monkeypatch.setattr(modeling_simvq, "_TILE_TOKENS", 10)
-    monkeypatch.setattr(modeling_simvq, "_TILE_SCORES", {"cpu": 70})
+    monkeypatch.setattr(quantization_simvq, "_TILE_TOKENS", 10)
+    monkeypatch.setattr(quantization_simvq, "_TILE_SCORES", {"cpu": 70})
     assert torch.equal(quantizer(z)[2], expected)
 
 
@@ -279,12 +279,12 @@ class LargestResult(TorchDispatchMode):
 
 @pytest.mark.parametrize("codes, tokens", [(3000, 200), (12000, 200), (3000, 2000)])
 def test_memory_of_the_search_grows_neither_with_codes_nor_with_tokens(monkeypatch, codes, tokens):
-    monkeypatch.setattr(modeling_simvq, "_TILE_TOKENS", 100)
-    monkeypatch.setattr(modeling_simvq, "_TILE_SCORES", {"cpu": 2500})
+    monkeypatch.setattr(quantization_simvq, "_TILE_TOKENS", 100)
+    monkeypatch.setattr(quantization_simvq, "_TILE_SCORES", {"cpu": 2500})
     quantizer, z = SimVQ(codes, 8).eval(), torch.randn(tokens, 8)
     table = quantizer._search_table()
     with LargestResult() as largest:
-        modeling_simvq.nearest_codes(z, *table)
+        quantization_simvq.nearest_codes(z, *table)
     assert largest.elements <= 2500
 
 

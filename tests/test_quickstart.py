@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,14 +11,15 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from test_loading import ROOT, run
 
-from eval.images import find_images
 from eval.results import weights_file_hash
 from examples import quickstart
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import VQRAEModel
+from reading.sources import find_images
 from training.data import split_files
 
 
+CODE = ("configuration_simvq.py", "image_processing_simvq.py", "modeling_simvq.py", "quantization_simvq.py")
 CHECKPOINT = ROOT / "checkpoints" / "vqrae-dinov2-small"
 
 
@@ -44,7 +44,7 @@ def test_quick_start_reconstructs_fine_tunes_measures_and_writes_its_page(tmp_pa
     run_command = quickstart.run
     monkeypatch.setattr(quickstart, "run", with_tiny_model)
     quickstart.main()
-    assert [command[0] for command in commands] == ["eval/reconstruction.py", "train_hf.py", "eval/reconstruction.py"]
+    assert [command[0] for command in commands] == ["-m", "train_hf.py", "-m"]
     page = (tmp_path / "out" / "quickstart.html").read_text()
     assert "data:image/png;base64," in page
     for when in ("before", "after"):
@@ -89,7 +89,7 @@ def test_checkpoint_is_small_and_its_card_is_of_its_weights():
     files = [file for file in CHECKPOINT.rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 80e6
     assert not [file for file in files if file.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")]
-    for name in ("configuration_simvq.py", "image_processing_simvq.py", "modeling_simvq.py"):
+    for name in CODE:
         assert (CHECKPOINT / name).read_text().split() == (ROOT / name).read_text().split(), name
     card = ModelCard.load(CHECKPOINT / "README.md")
     own = weights_file_hash(CHECKPOINT)
@@ -100,9 +100,9 @@ def test_checkpoint_is_small_and_its_card_is_of_its_weights():
 def test_metrics_of_the_card_are_measured_again(tmp_path):
     photos = split_files(find_images(Path(os.environ["VQRAE_ASSETS"]) / "photos"), 0.15, "-")[1]
     (tmp_path / "heldout_photos.txt").write_text("".join(f"{file}\n" for file in photos))
-    command = [str(ROOT / "eval" / "reconstruction.py"), "--model_name_or_path", str(CHECKPOINT), "--network_metrics"]
+    command = ["-m", "eval.reconstruction", "--model_name_or_path", str(CHECKPOINT), "--network_metrics"]
     command += ["--data", "heldout_photos.txt", "--output_dir", "results"]
-    quickstart.subprocess.run([sys.executable, *command], cwd=tmp_path, check=True)
+    run(command, tmp_path)
     measured = json.loads((tmp_path / "results" / "results.json").read_text())
     card = ModelCard.load(CHECKPOINT / "README.md")
     told = {

@@ -28,7 +28,7 @@ from configuration_simvq_gan import SimVQGANConfig
 from convert.simvq_checkpoint import convert as convert_checkpoint
 from modeling_simvq import VQRAEModel
 from modeling_simvq_gan import SimVQGANModel
-from training.loading import load_pretrained
+from reading.models import load_pretrained
 
 
 with safe_open(FIXTURE, "pt") as file:
@@ -291,9 +291,8 @@ def test_other_models_are_refused_by_the_training_script(tmp_path):
 
 def test_evaluation_script_measures_it(converted, tmp_path, image_folder):
     """Under the reference's protocol, at 128 px."""
-    script = str(ROOT / "eval" / "reconstruction.py")
     model = ["--model_name_or_path", str(converted), "--output_dir", "results", "--data", str(image_folder)]
-    run([script, *model, "--protocol", "simvq-128", "--network_metrics"], tmp_path)
+    run(["-m", "eval.reconstruction", *model, "--protocol", "simvq-128", "--network_metrics"], tmp_path)
     result = json.loads((tmp_path / "results" / "results.json").read_text())
     assert result["source"]["codebook_size"] == 512 and result["num_images"] == 12
     assert result["metrics"]["psnr"] > 0 and result["metrics"]["codebook_tokens"] == 12 * 32 * 32
@@ -441,11 +440,11 @@ def test_a_folder_that_does_not_load_as_what_was_converted_is_not_kept(tmp_path,
 
 def test_script(tmp_path):
     files = write_checkpoint(tmp_path)
-    script = str(ROOT / "convert" / "simvq_checkpoint.py")
-    assert "--weights" in run([script, "--help"], tmp_path)
+    script = ["-m", "convert.simvq_checkpoint"]
+    assert "--weights" in run([*script, "--help"], tmp_path)
     arguments = ["--checkpoint", "reference.ckpt", "--config", "config.yaml", "--output_dir", "converted"]
     arguments += ["--license", "mit"]
-    output = run([script, *arguments], tmp_path)
+    output = run([*script, *arguments], tmp_path)
     assert "left behind:  22 of loss.discriminator.* (discriminator)" in output
     assert "512 codes of width 32" in output and "same tokens" in output
     assert sorted(os.listdir(tmp_path)) == ["config.yaml", "converted", "reference.ckpt"]

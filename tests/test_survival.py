@@ -18,8 +18,9 @@ from test_training import make_trainer, training_arguments
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from eval.images import decode_image, find_images, load_images
 from modeling_simvq import VQRAEModel
+from reading.images import decode_image
+from reading.sources import find_images, load_images
 from training.data import TrainTransform, collate, readable_images, with_pixels
 from training.ema import EMA
 

@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 from test_loading import ROOT, run
 from transformers import TrainerCallback
 
-from eval.images import decode_image, find_images, load_images
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import VQRAEModel
+from reading.images import decode_image
+from reading.models import load_pretrained
+from reading.sources import find_images, load_images
 from training.arguments import VQRAETrainingArguments
 from training.data import EvalTransform, TrainTransform, collate, split_files, with_pixels
-from training.loading import load_pretrained
 from training.losses import PerceptualLoss, ReconstructionLoss
 from training.trainer import VQRAETrainer
 
@@ -227,6 +228,7 @@ def test_script_trains_saves_and_resumes(tmp_path, image_folder):
     assert {
         "model.safetensors",
         "modeling_simvq.py",
+        "quantization_simvq.py",
         "configuration_simvq.py",
         "image_processing_simvq.py",
         "preprocessor_config.json",

@@ -1,11 +1,9 @@
 """The images of the checkpoint: how they are cut, and which are held out."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 from PIL import Image
-from test_loading import ROOT
+from test_loading import run
 
 from checkpoints import training_images
 
@@ -28,6 +26,5 @@ def test_held_out_emoji_have_no_sibling_in_training():
     assert len(train) + len(held_out) < len(files)  # siblings on both sides are in neither
 
 
-def test_script_explains_itself():
-    script = [sys.executable, str(ROOT / "checkpoints" / "training_images.py"), "--help"]
-    assert "heldout_photos.txt" in subprocess.run(script, capture_output=True, text=True, check=True).stdout
+def test_script_explains_itself(tmp_path):
+    assert "heldout_photos.txt" in run(["-m", "checkpoints.training_images", "--help"], tmp_path)

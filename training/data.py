@@ -10,8 +10,8 @@ import torch
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from eval.images import decode_image
 from image_processing_simvq import VQRAEImageProcessor
+from reading.images import decode_image
 
 
 def split_files(files: list[Path], holdout: float, group_separator: str | None) -> tuple[list[Path], list[Path]]:

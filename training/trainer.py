@@ -45,7 +45,7 @@ from training.ema import EMA, load_raw
 from training.hub import export_checkpoint
 from training.losses import ReconstructionLoss, WithGradient, adaptive_weight
 from training.sharding import load_whole, local_part, prepare_for_fsdp, rename_sharded, reshard
-from training.tokens import tokenize_crops
+from training.token_passes import tokenize_crops
 
 
 logger = logging.get_logger(__name__)
