@@ -227,8 +227,6 @@ def test_usage_is_the_share_of_codes_seen_since_the_reset():
         (torch.randn(2, 7, 3, 3), "7.*8"),
         (torch.randn(9, 8), r"\(9, 8\)"),
         (torch.zeros(2, 9, 8, dtype=torch.int64), "int64"),
-        (torch.tensor([[[float("nan")] * 8, [0.0] * 8]]), "1 of 2 latents"),
-        (torch.tensor([[[float("inf")] * 8]]), "1 of 1 latents"),
     ],
 )
 def test_bad_latents_are_named(z, message):
@@ -236,11 +234,43 @@ def test_bad_latents_are_named(z, message):
         SimVQ(50, 8).eval()(z)
 
 
-def test_nonfinite_latents_are_counted_in_training():
-    quantizer, z = SimVQ(50, 8), torch.randn(1, 5, 8)
+@pytest.mark.parametrize("training", [True, False])
+def test_nonfinite_latents_are_counted(training, monkeypatch):
+    said = []
+    monkeypatch.setattr(quantization_simvq.logger, "warning_once", said.append)
+    quantizer, z = SimVQ(50, 8).train(training), torch.randn(1, 5, 8)
     z[0, 1, 3], z[0, 4, 0] = float("nan"), float("inf")
     indices = quantizer(z)[2]
     assert quantizer.get_num_nonfinite() == 2 and 0 <= indices.min() and indices.max() < 50
+    assert ["2 of 5 latents" in text for text in said] == [True] * (not training)  # a trainer says it itself
+
+
+def test_codes_of_equal_norm_in_doubt_are_not_copied_all_at_once(monkeypatch):
+    """Every code is a candidate for every token where all codes are the same: float64 takes them in parts, too."""
+    largest = []
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            result = function(*arguments, **(options or {}))
+            if isinstance(result, torch.Tensor) and result.dtype == torch.float64:
+                largest.append(result.numel())
+            return result
+
+    monkeypatch.setattr(quantization_simvq, "_TILE_SCORES", {"cpu": 2**16})
+    codes, z = torch.ones(4096, 64), torch.randn(2, 64)
+    with Largest():
+        indices = quantization_simvq.nearest_codes(z, codes, codes.square().sum(1) / 2, torch.zeros(64))
+    assert (indices == 0).all() and max(largest) <= 2**16
+
+
+def test_same_codes_on_every_process():
+    """Nothing trains them, so nothing would ever make processes agree that drew them from seeds of their own."""
+    torch.manual_seed(1)
+    first = SimVQ(50, 8)
+    torch.manual_seed(2)
+    second = SimVQ(50, 8)
+    assert torch.equal(first.embedding.weight, second.embedding.weight)
+    assert not torch.equal(first.embedding_proj.weight, second.embedding_proj.weight)
 
 
 @pytest.mark.parametrize("indices", [torch.tensor([50]), torch.tensor([-1]), torch.tensor([0.0])])
