@@ -80,6 +80,11 @@ class SimVQGANConfig(ImageTokenizerConfig):
         return 2 ** (len(self.channel_multiplier) - 1)
 
     @property
+    def hidden_size(self) -> int:
+        """Width of the continuous features."""
+        return self.latent_channels
+
+    @property
     def latent_size(self) -> int:
         """Width of the vectors that are quantized."""
         return self.latent_channels

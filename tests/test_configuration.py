@@ -1,7 +1,12 @@
+import json
+import runpy
+
 import pytest
 from conftest import encoder_config, tiny_config
 
+import configuration_simvq
 from configuration_simvq import VQRAEConfig
+from configuration_simvq_gan import SimVQGANConfig
 
 
 def test_json_round_trip(tmp_path):
@@ -48,6 +53,35 @@ def test_encoder_may_see_another_size_than_the_image():
         encoder_config=encoder_config(image_size=518, patch_size=14), encoder_input_size=224, image_size=256
     )
     assert config.grid_size == 16
+
+
+def test_unknown_field_is_an_error_that_names_the_nearest():
+    for build in (VQRAEConfig, lambda **fields: SimVQGANConfig(**fields), tiny_config):
+        with pytest.raises(TypeError, match="no field 'codebok_size': did you mean codebook_size?"):
+            build(codebok_size=8)
+
+
+def test_field_of_a_later_version_is_ignored_with_a_warning(tmp_path, monkeypatch):
+    config = tiny_config()
+    config.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"decoder_flavour": "mint"}))
+    said = []
+    monkeypatch.setattr(configuration_simvq.logger, "warning", said.append)
+    loaded = VQRAEConfig.from_pretrained(tmp_path)
+    assert "decoder_flavour" in said[0] and not hasattr(loaded, "decoder_flavour")
+    assert loaded.to_dict() == VQRAEConfig.from_dict(fields).to_dict()
+
+
+def test_one_number_for_the_statistics_of_all_channels():
+    config = tiny_config(image_mean=0.25, image_std=1)
+    assert config.image_mean == [0.25] * 3 and config.image_std == [1] * 3
+
+
+def test_an_old_transformers_is_named(monkeypatch):
+    monkeypatch.setattr("transformers.__version__", "5.3.0")
+    with pytest.raises(ImportError, match="needs transformers >= .*5.3.0.*pip install"):
+        runpy.run_path(configuration_simvq.__file__)
 
 
 def test_language_models_are_refused():
