@@ -6,6 +6,7 @@ Sources: SimVQ (arXiv 2411.02038, github.com/youngsheen/SimVQ), VQRAE (arXiv 251
 github.com/bytetriper/RAE). Method and output names follow the tokenizers of transformers (Janus, Emu3).
 """
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Iterable
@@ -17,18 +18,19 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import ModelOutput, logging
+from transformers.utils import ModelOutput, can_return_tuple, logging
 
 
 try:
     from .configuration_simvq import VQRAEConfig
-    from .quantization_simvq import SimVQ, VectorQuantizer
+    from .quantization_simvq import Projection, SimVQ, VectorQuantizer
 except ImportError:
     if __package__:  # a real error inside them must not be masked
         raise
     from configuration_simvq import VQRAEConfig
-    from quantization_simvq import SimVQ, VectorQuantizer
+    from quantization_simvq import Projection, SimVQ, VectorQuantizer
 
 
 logger = logging.get_logger(__name__)
@@ -78,7 +80,8 @@ class VQRAEDecoderAttention(nn.Module):
         self.v_proj = nn.Linear(config.decoder_hidden_size, config.decoder_hidden_size)
         self.o_proj = nn.Linear(config.decoder_hidden_size, config.decoder_hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, N, width) -> the same, and the weights (B, heads, N, N), which only eager attention has."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key, value = (
             projection(hidden_states).view(shape).transpose(1, 2)
@@ -87,8 +90,8 @@ class VQRAEDecoderAttention(nn.Module):
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        output, _ = attention(self, query, key, value, None, dropout=0.0, scaling=self.scaling)
-        return self.o_proj(output.reshape(hidden_states.shape))
+        output, weights = attention(self, query, key, value, None, dropout=0.0, scaling=self.scaling)
+        return self.o_proj(output.reshape(hidden_states.shape)), weights
 
 
 class VQRAEDecoderLayer(GradientCheckpointingLayer):
@@ -102,9 +105,23 @@ class VQRAEDecoderLayer(GradientCheckpointingLayer):
         self.fc1 = nn.Linear(config.decoder_hidden_size, config.decoder_intermediate_size)
         self.fc2 = nn.Linear(config.decoder_intermediate_size, config.decoder_hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden_states = hidden_states + self.attention(self.layernorm_before(hidden_states))
-        return hidden_states + self.fc2(F.gelu(self.fc1(self.layernorm_after(hidden_states))))
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        attended, weights = self.attention(self.layernorm_before(hidden_states))
+        hidden_states = hidden_states + attended
+        return hidden_states + self.fc2(F.gelu(self.fc1(self.layernorm_after(hidden_states)))), weights
+
+
+# normalised pixels (B, channels, h * patch, w * patch), hidden states, attentions
+DecoderOutput = tuple[torch.Tensor, tuple[torch.Tensor, ...] | None, tuple[torch.Tensor | None, ...] | None]
+
+
+def selected(states: tuple[torch.Tensor, ...], wanted: bool | list[int]) -> tuple[torch.Tensor | None, ...] | None:
+    """What `output_hidden_states` asks for: all, none, or those of some places, also counted from the end (`None` in
+    place of the others), as the models of transformers do."""
+    if isinstance(wanted, bool):
+        return states if wanted else None
+    kept = {place % len(states) for place in wanted}
+    return tuple(state if place in kept else None for place, state in enumerate(states))
 
 
 class VQRAEDecoder(nn.Module):
@@ -131,8 +148,14 @@ class VQRAEDecoder(nn.Module):
         self.decoder_norm = nn.LayerNorm(config.decoder_hidden_size, eps=config.decoder_layer_norm_eps)
         self.decoder_pred = nn.Linear(config.decoder_hidden_size, config.decoder_patch_size**2 * config.num_channels)
 
-    def forward(self, latents: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """(B, h * w, encoder width) and the grid (h, w) -> (B, channels, h * patch, w * patch), normalised."""
+    def forward(
+        self,
+        latents: torch.Tensor,
+        grid: tuple[int, int],
+        output_hidden_states: bool | list[int] = False,
+        output_attentions: bool = False,
+    ) -> DecoderOutput:
+        """Paints latents (B, h * w, encoder width) of a grid (h, w), see [`VQRAEOutput`] for the rest."""
         height, width = grid
         if self.training and self.noise_tau > 0:  # RAE, section 3: a random strength for each image
             sigma = self.noise_tau * torch.rand(len(latents), 1, 1, device=latents.device, dtype=latents.dtype)
@@ -147,13 +170,19 @@ class VQRAEDecoder(nn.Module):
         hidden_states = hidden_states + positions.to(hidden_states.dtype)
         # the cls token has no position
         hidden_states = torch.cat([self.cls_token.expand(len(latents), -1, -1), hidden_states], dim=1)
+        states, attentions = (hidden_states,), () if output_attentions else None
         for layer in self.decoder_layers:
-            hidden_states = layer(hidden_states)
+            hidden_states, weights = layer(hidden_states)
+            if output_hidden_states:
+                states += (hidden_states,)
+            if output_attentions:
+                attentions += (weights,)
         patches = self.decoder_pred(self.decoder_norm(hidden_states[:, 1:]))
         patches = patches.view(-1, height, width, self.patch_size, self.patch_size, self.num_channels)
-        return patches.permute(0, 5, 1, 3, 2, 4).reshape(
+        pixels = patches.permute(0, 5, 1, 3, 2, 4).reshape(
             -1, self.num_channels, height * self.patch_size, width * self.patch_size
         )
+        return pixels, selected(states, output_hidden_states), attentions
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -187,36 +216,50 @@ class VQRAEDecoderOutput(ModelOutput):
     Args:
         decoded_pixel_values (`torch.FloatTensor` of shape `(B, channels, height, width)`):
             Pixels, float32, nominally in [0, 1]; not clamped, so that a loss sees what overshoots.
+        hidden_states, attentions (tuples of `torch.FloatTensor`, if asked for):
+            Of the decoder, see [`VQRAEOutput`].
     """
 
     decoded_pixel_values: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
 @dataclass
 class VQRAEOutput(ModelOutput):
     """
+    In training the loss comes first, where those look who take outputs by their place; in eval mode it comes last, and
+    the continuous features come first, as pipelines expect.
+
     Args:
         loss (`torch.FloatTensor`, scalar, unless `return_loss=False`):
             `reconstruction_loss + embedding_loss`.
+        last_hidden_state, quantized_last_hidden_state (`torch.FloatTensor` of shape `(B, h * w, encoder width)`):
+            Continuous and quantized features, see [`VQRAEEncoderOutput`].
+        image_tokens (`torch.LongTensor` of shape `(B, h, w)`):
+            Indices into the codebook.
+        decoded_pixel_values (`torch.FloatTensor` of shape `(B, channels, height, width)`):
+            The reconstruction, see [`VQRAEDecoderOutput`].
         reconstruction_loss (`torch.FloatTensor`, scalar, unless `return_loss=False`):
             Mean squared error of the pixels.
         embedding_loss (`torch.FloatTensor`, scalar):
             The loss of the quantizer, see [`SimVQ`].
-        decoded_pixel_values (`torch.FloatTensor` of shape `(B, channels, height, width)`):
-            The reconstruction, see [`VQRAEDecoderOutput`].
-        image_tokens (`torch.LongTensor` of shape `(B, h, w)`):
-            Indices into the codebook.
-        last_hidden_state, quantized_last_hidden_state (`torch.FloatTensor` of shape `(B, h * w, encoder width)`):
-            Continuous and quantized features, see [`VQRAEEncoderOutput`].
+        hidden_states (`tuple(torch.FloatTensor)`, with `output_hidden_states=True`):
+            Of the decoder: in front of its first layer and behind each, `(B, 1 + h * w, decoder width)`, the cls token
+            first. Those of the encoder are in the output of `get_image_features`.
+        attentions (`tuple(torch.FloatTensor)`, with `output_attentions=True` and eager attention):
+            Of the decoder's layers, `(B, heads, 1 + h * w, 1 + h * w)`.
     """
 
     loss: torch.FloatTensor | None = None
-    reconstruction_loss: torch.FloatTensor | None = None
-    embedding_loss: torch.FloatTensor | None = None
-    decoded_pixel_values: torch.FloatTensor | None = None
-    image_tokens: torch.LongTensor | None = None
     last_hidden_state: torch.FloatTensor | None = None
     quantized_last_hidden_state: torch.FloatTensor | None = None
+    image_tokens: torch.LongTensor | None = None
+    decoded_pixel_values: torch.FloatTensor | None = None
+    reconstruction_loss: torch.FloatTensor | None = None
+    embedding_loss: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
 class ImageTokenizer(PreTrainedModel):
@@ -225,21 +268,26 @@ class ImageTokenizer(PreTrainedModel):
 
     A subclass has an [`ImageTokenizerConfig`] and the modules `encoder`, `project_in`, `quantizer`, `project_out` and
     `decoder`; the decoder takes latents (B, h * w, `decoder.in_features`) and a grid (h, w), and gives normalised
-    pixels. It defines `_image_features` and `last_layer`, and calls `post_init` and `_set_encoder_trainable` once it is
-    built.
+    pixels, its hidden states and its attentions. It defines `_image_features` and `last_layer`, and calls `post_init`
+    and `_set_encoder_trainable` once it is built.
     """
 
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
-    # bf16 codes would be other codes
-    _keep_in_fp32_modules_strict = ["quantizer"]
+    # what decides tokens behind the encoder: bf16 codes would be other codes
+    _keep_in_fp32_modules_strict = ["project_in", "quantizer"]
+    # each process counts its own tokens: DDP would overwrite them with those of the first
+    _ddp_params_and_buffers_to_ignore = ["quantizer._counts", "quantizer._num_nonfinite"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if module in (self.quantizer.embedding, getattr(self.quantizer, "embedding_proj", None)):
             self.quantizer.reset_parameters()
+        elif module is self.quantizer:
+            init.zeros_(module._counts)
+            init.zeros_(module._num_nonfinite)
         else:
             super()._init_weights(module)
 
@@ -247,16 +295,37 @@ class ImageTokenizer(PreTrainedModel):
         self.encoder.requires_grad_(not self.config.freeze_encoder)
         self.train(self.training)
 
+    def freeze_encoder(self) -> None:
+        """The encoder gets no gradients and stays in eval mode from here on (stage 1); `config.freeze_encoder` says so
+        in what is saved. Setting that field alone changes nothing in a model that is built."""
+        self.config.freeze_encoder = True
+        self._set_encoder_trainable()
+
+    def unfreeze_encoder(self) -> None:
+        """The encoder is trained from here on (stage 2). An optimizer that was made before does not know it yet."""
+        self.config.freeze_encoder = False
+        self._set_encoder_trainable()
+
+    def _encoder_learns(self) -> bool:
+        """Whether anything in the encoder is trained: all of it, or adapters in a frozen one (LoRA)."""
+        return any(parameter.requires_grad for parameter in self.encoder.parameters())
+
     def train(self, mode: bool = True):
         super().train(mode)
-        if self.config.freeze_encoder:
+        if not self._encoder_learns():
             self.encoder.eval()
         return self
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
         """`PreTrainedModel.from_pretrained`, after which a frozen encoder is frozen (it returns every parameter
-        trainable)."""
+        trainable). A `quantization_config` that does not say otherwise (`modules_to_not_convert`, for bitsandbytes
+        `llm_int8_skip_modules`) leaves the encoder as it is, so that an 8- or 4-bit model gives the same tokens."""
+        quantization = copy.copy(kwargs.get("quantization_config"))
+        for skipped in ("modules_to_not_convert", "llm_int8_skip_modules"):
+            if getattr(quantization, skipped, ...) is None:
+                setattr(quantization, skipped, ["encoder"])
+                kwargs["quantization_config"] = quantization
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model._set_encoder_trainable()
@@ -296,7 +365,13 @@ class ImageTokenizer(PreTrainedModel):
         num_processes = torch.distributed.get_world_size() if distributed else 1
         rank = torch.distributed.get_rank() if distributed else 0
         dim, device = self.quantizer.embedding_dim, self.quantizer.embedding.weight.device
-        size = math.ceil(min(latents_per_code * self.config.codebook_size, 2**31 // (4 * dim)) / num_processes)
+        codes, most = self.config.codebook_size, 2**31 // (4 * dim)
+        if latents_per_code * codes > most:
+            logger.warning(
+                f"{latents_per_code * codes:,} latents of width {dim} are more than the 2 GiB that are kept: the codes "
+                f"are fitted to {most:,} latents, {most / codes:.1f} a code."
+            )
+        size = math.ceil(min(latents_per_code * codes, most) / num_processes)
         sample, seen = torch.empty(size, dim, device=device), 0
         generator = torch.Generator().manual_seed(seed * num_processes + rank)
         was_training = self.training
@@ -345,32 +420,80 @@ class ImageTokenizer(PreTrainedModel):
                 f"multiples of decoder_patch_size {patch}."
             )
         if not torch.compiler.is_compiling():
-            low, high = pixel_values.detach().aminmax()
-            if low < -0.5 or high > 1.5:  # what a resize with overshoot gives is fine
-                raise ValueError(
-                    f"pixel_values must be in [0, 1], got {low.item():.3g} to {high.item():.3g}. They are normalised "
-                    "inside the model: use its image processor, which does not."
-                )
+            self._check_range(pixel_values.detach())
         return self._grid_of(pixel_values)
 
-    def _image_features(self, pixel_values: torch.Tensor, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Checked pixels in [0, 1] and their grid -> continuous features, and what of them is projected and quantized,
-        (B, h * w, width) both."""
+    def _check_range(self, pixel_values: torch.Tensor) -> None:
+        """Refuses pixels that were normalised, and lets pass what a resize gives: it overshoots at edges, but keeps the
+        means of areas, which normalisation moves. (In [-1, 1], an image whose areas are all brighter than a middle grey
+        cannot be told from one in [0, 1].) A step of training with NaN is the trainer's to skip."""
+        low, high = (bound.item() for bound in pixel_values.aminmax())
+        if self.training and math.isnan(low):
+            return
+        seen = "NaN" if math.isnan(low) else f"{low:.3g} to {high:.3g}"
+        if low >= -0.5 and high <= 1.5:
+            if low >= -0.05 and high <= 1.05:
+                return
+            areas = [min(16, max(1, side // 8)) for side in pixel_values.shape[2:]]
+            means = F.adaptive_avg_pool2d(pixel_values.float(), areas)
+            low, high = (bound.item() for bound in means.aminmax())
+            if low >= -0.05 and high <= 1.05:
+                return
+            seen += f", with areas whose mean is {low if low < -0.05 else high:.3g}"
+        raise ValueError(
+            f"pixel_values must be in [0, 1], got {seen}. Pixels are normalised inside the model: use its image "
+            "processor, which does not normalise, or undo the normalisation."
+        )
+
+    def _image_features(
+        self, pixel_values: torch.Tensor, grid: tuple[int, int], **outputs: bool
+    ) -> tuple[BaseModelOutputWithPooling, torch.Tensor]:
+        """Checked pixels in [0, 1] and their grid -> what `get_image_features` returns; and what of the features is
+        projected and quantized, (B, h * w, width). `output_hidden_states` and `output_attentions` as everywhere."""
         raise NotImplementedError
 
-    def _checked_features(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`_image_features` of pixels that are checked first, without a graph where the encoder is frozen."""
+    def _checked_features(self, pixel_values: torch.Tensor, **outputs: bool):
+        """`_image_features` of pixels that are checked first, without a graph where nothing in the encoder is
+        trained."""
         grid = self._grid(pixel_values)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.freeze_encoder):
-            return self._image_features(pixel_values, grid)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._encoder_learns()):
+            return self._image_features(pixel_values, grid, **outputs)
 
     def get_latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """What is quantized: (B, channels, H, W) in [0, 1] -> (B, h * w, `latent_size`), row by row."""
         return self.project_in(self._checked_features(pixel_values)[1])
 
-    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Continuous features, for understanding: (B, channels, H, W) in [0, 1] -> (B, h * w, width), row by row."""
-        return self._checked_features(pixel_values)[0]
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        output_hidden_states: bool | list[int] | None = None,
+        output_attentions: bool | None = None,
+    ) -> BaseModelOutputWithPooling:
+        """Continuous features, for understanding.
+
+        Args:
+            pixel_values: as in `encode`.
+            output_hidden_states: also what each layer of the encoder gives, prefix tokens (cls, registers) included; or
+                the places of those that are wanted, 0 in front of the first layer.
+            output_attentions: also its attentions, where it runs with eager attention.
+            return_dict: `False` gives a tuple.
+
+        Returns:
+            `last_hidden_state`, (B, h * w, width), row by row, not quantized; `hidden_states` and `attentions` of the
+            encoder, if asked for. There is no `pooler_output`.
+
+        Raises:
+            ValueError: as `encode`.
+        """
+        return self._checked_features(pixel_values, **self._asked_for(output_hidden_states, output_attentions))[0]
+
+    def _asked_for(
+        self, output_hidden_states: bool | list[int] | None, output_attentions: bool | None
+    ) -> dict[str, bool]:
+        """The arguments, or what the configuration says."""
+        given = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        return {name: getattr(self.config, name) if value is None else value for name, value in given.items()}
 
     def _normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         return (pixels - self._channels(self.config.image_mean, pixels)) / self._channels(self.config.image_std, pixels)
@@ -387,13 +510,13 @@ class ImageTokenizer(PreTrainedModel):
                 `decoder_patch_size`.
 
         Raises:
-            ValueError: another shape, dtype or range; or, in eval mode, features that are not finite.
+            ValueError: another shape, dtype or range.
         """
         features, latents = self._checked_features(pixel_values)
         quantized, embedding_loss, tokens = self.quantizer(self.project_in(latents))
         return VQRAEEncoderOutput(
-            last_hidden_state=features,
-            quantized_last_hidden_state=self.project_out(quantized),
+            last_hidden_state=features.last_hidden_state,
+            quantized_last_hidden_state=self.project_out(quantized.to(self.dtype)),
             image_tokens=tokens.view(len(tokens), *self._grid_of(pixel_values)),
             embedding_loss=embedding_loss,
         )
@@ -423,13 +546,18 @@ class ImageTokenizer(PreTrainedModel):
         return self.decode_latents(self._latents_of(image_tokens), grid=tuple(image_tokens.shape[1:]))
 
     def decode_latents(
-        self, quantized_last_hidden_state: torch.Tensor, grid: tuple[int, int] | None = None
+        self,
+        quantized_last_hidden_state: torch.Tensor,
+        grid: tuple[int, int] | None = None,
+        output_hidden_states: bool | list[int] | None = None,
+        output_attentions: bool | None = None,
     ) -> VQRAEDecoderOutput:
         """Latents to images; continuous features work too (an RAE).
 
         Args:
             quantized_last_hidden_state: (B, h * w, width).
             grid: (h, w); not needed for a square one.
+            output_hidden_states, output_attentions: also those of the decoder.
 
         Raises:
             ValueError: another shape, or a number of tokens that does not fit the grid.
@@ -441,10 +569,14 @@ class ImageTokenizer(PreTrainedModel):
             grid = (math.isqrt(latents.shape[1]),) * 2
         if grid[0] * grid[1] != latents.shape[1]:
             raise ValueError(f"{latents.shape[1]} latents do not fill a grid of {grid[0]} x {grid[1]}: pass grid.")
-        pixels = self.decoder(latents, grid).float()  # near 1, bf16 has steps of 1/256
+        asked_for = self._asked_for(output_hidden_states, output_attentions)
+        pixels, hidden_states, attentions = self.decoder(latents, grid, **asked_for)
+        pixels = pixels.float()  # near 1, bf16 has steps of 1/256
         return VQRAEDecoderOutput(
             decoded_pixel_values=pixels * self._channels(self.config.image_std, pixels)
-            + self._channels(self.config.image_mean, pixels)
+            + self._channels(self.config.image_mean, pixels),
+            hidden_states=hidden_states,
+            attentions=attentions,
         )
 
     def get_image_tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -455,11 +587,14 @@ class ImageTokenizer(PreTrainedModel):
         """(B, h, w) -> (B, 3, H, W), float32; `decode(...).decoded_pixel_values`."""
         return self.decode(image_tokens).decoded_pixel_values
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: torch.Tensor,
         image_tokens: torch.Tensor | None = None,
-        return_loss: bool | None = None,
+        return_loss: bool = True,
+        output_hidden_states: bool | list[int] | None = None,
+        output_attentions: bool | None = None,
     ) -> VQRAEOutput:
         """Encodes and decodes.
 
@@ -467,7 +602,10 @@ class ImageTokenizer(PreTrainedModel):
             pixel_values: as in `encode`.
             image_tokens: (B, h, w), the tokens of these pixels where they are known. Neither encoder nor search runs,
                 and the output has no `embedding_loss` and no `last_hidden_state`.
-            return_loss: `False` leaves `loss` and `reconstruction_loss` out, for those who compute their own.
+            return_loss: `False` leaves `loss` and `reconstruction_loss` out, for those who compute their own. (The
+                default tells a stock `Trainer` that there is a loss without labels.)
+            output_hidden_states, output_attentions: also those of the decoder.
+            return_dict: `False` gives a tuple.
 
         Raises:
             ValueError: as `encode` and `decode`; or tokens of another grid than that of the pixels.
@@ -481,13 +619,20 @@ class ImageTokenizer(PreTrainedModel):
             encoded = VQRAEEncoderOutput(
                 quantized_last_hidden_state=self._latents_of(image_tokens), image_tokens=image_tokens
             )
-        decoded = self.decode_latents(encoded.quantized_last_hidden_state, self._grid_of(pixel_values))
+        decoded = self.decode_latents(
+            encoded.quantized_last_hidden_state, self._grid_of(pixel_values), output_hidden_states, output_attentions
+        )
         loss = reconstruction_loss = None
-        if return_loss is not False:
+        if return_loss:
             loss = reconstruction_loss = F.mse_loss(decoded.decoded_pixel_values, pixel_values.float())
             if encoded.embedding_loss is not None:
                 loss = reconstruction_loss + encoded.embedding_loss
-        return VQRAEOutput(loss=loss, reconstruction_loss=reconstruction_loss, **decoded, **encoded)
+        output = VQRAEOutput(
+            loss=loss if self.training else None, reconstruction_loss=reconstruction_loss, **decoded, **encoded
+        )
+        if loss is not None and not self.training:
+            output["loss"] = loss  # behind the others, see `VQRAEOutput`
+        return output
 
 
 # How each family was trained, for checkpoints that come without a preprocessor_config.json.
@@ -503,6 +648,12 @@ PIXEL_STATISTICS = {
     "vit": _HALF,
     "vit_mae": _IMAGENET,
 }
+
+
+# What the vision models of transformers are made of, by the names of their parts.
+_LAST_NORMS = ("layernorm", "post_layernorm", "norm")
+_HEADS = ("head", "pooler")
+_BODY = ("embeddings", "rope_embeddings", "pre_layrnorm", "encoder", "layers", "model")
 
 
 class VQRAEModel(ImageTokenizer):
@@ -524,9 +675,10 @@ class VQRAEModel(ImageTokenizer):
         super().__init__(config)
         width = config.encoder_config.hidden_size
         self.encoder = AutoModel.from_config(config.encoder_config)
+        self._check_encoder()
         # Patch tokens are all that is used. Heads for anything else would be parameters without gradients, and MAE
         # must not mask.
-        for name in ("head", "pooler"):
+        for name in _HEADS:
             if hasattr(self.encoder, name):
                 setattr(self.encoder, name, None)
         if hasattr(self.encoder, "use_head"):
@@ -535,7 +687,7 @@ class VQRAEModel(ImageTokenizer):
             self.encoder.config.mask_ratio = 0.0
         # The encoder's last norm without its affine part, as in RAE: whatever encoder, a token has zero mean and unit
         # variance. CLIP and some InternViT do not apply their last norm to patches; here all are treated alike.
-        for name in ("layernorm", "post_layernorm", "norm"):
+        for name in _LAST_NORMS:
             if hasattr(self.encoder, name):
                 setattr(self.encoder, name, nn.Identity())
         self.encoder_norm = nn.LayerNorm(
@@ -543,7 +695,7 @@ class VQRAEModel(ImageTokenizer):
         )
         self._interpolates = "interpolate_pos_encoding" in inspect.signature(self.encoder.forward).parameters
 
-        self.project_in = nn.Linear(width, config.codebook_dim) if config.codebook_dim else nn.Identity()
+        self.project_in = Projection(width, config.codebook_dim) if config.codebook_dim else nn.Identity()
         quantizer_class = SimVQ if config.use_simvq else VectorQuantizer
         self.quantizer = quantizer_class(
             config.codebook_size, config.latent_size, commitment_cost=config.commitment_cost, legacy=config.legacy
@@ -553,11 +705,30 @@ class VQRAEModel(ImageTokenizer):
         self.post_init()
         self._set_encoder_trainable()
 
+    def _check_encoder(self) -> None:
+        """Refuses an encoder whose parts are not understood: a head or a last norm that stays would go unnoticed."""
+        family, parts = self.encoder.config.model_type, [name for name, _ in self.encoder.named_children()]
+        if unknown := [name for name in parts if name not in (*_BODY, *_LAST_NORMS, *_HEADS)]:
+            raise ValueError(
+                f"The encoder '{family}' has the parts {', '.join(unknown)}, and it is not known here whether they "
+                "are layers, norms or heads: name them in _BODY, _LAST_NORMS or _HEADS of modeling_simvq.py."
+            )
+        if sum(name in _LAST_NORMS for name in parts) != 1:
+            raise ValueError(
+                f"The encoder '{family}' has no last norm that is known here ({', '.join(_LAST_NORMS)}), or several: "
+                f"its parts are {', '.join(parts)}."
+            )
+        if "spatial_shapes" in inspect.signature(self.encoder.forward).parameters:
+            raise ValueError(
+                f"The encoder '{family}' takes patches of images of any shape (NaFlex) in place of pixels. SigLIP 2 "
+                "has checkpoints of a fixed resolution, which load as 'siglip_vision_model': use one of these."
+            )
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # called for the modules that own tensors, not for containers (and for the encoder's by the encoder)
         if module in (self.project_in, self.project_out):  # keeps the scale of the features; our choice
-            init.normal_(module.weight, std=module.in_features**-0.5)
+            init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
             init.zeros_(module.bias)
         elif isinstance(module, VQRAEDecoder):
             init.normal_(module.cls_token, std=self.config.initializer_range)
@@ -575,6 +746,10 @@ class VQRAEModel(ImageTokenizer):
     @property
     def last_layer(self) -> nn.Parameter:
         return self.decoder.decoder_pred.weight
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The patch embedding of the encoder."""
+        return self.encoder.get_input_embeddings()
 
     @classmethod
     def from_encoder_pretrained(cls, pretrained_model_name_or_path: str, hub_kwargs: dict | None = None, **config):
@@ -636,7 +811,13 @@ class VQRAEModel(ImageTokenizer):
         model.encoder.load_state_dict({name: weights[name] for name in own})
         return model
 
-    def _image_features(self, pixel_values: torch.Tensor, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _image_features(
+        self,
+        pixel_values: torch.Tensor,
+        grid: tuple[int, int],
+        output_hidden_states: bool | list[int] = False,
+        output_attentions: bool = False,
+    ) -> tuple[BaseModelOutputWithPooling, torch.Tensor]:
         height, width = grid
         patch = self.config.encoder_patch_size
         kwargs = {"interpolate_pos_encoding": True} if self._interpolates else {}
@@ -649,9 +830,12 @@ class VQRAEModel(ImageTokenizer):
             noise = torch.arange(height * width, device=pixel_values.device, dtype=torch.float32)
             kwargs["noise"] = noise.expand(len(pixel_values), -1)
         layers = self.config.encoder_layers
-        if layers:
-            kwargs["output_hidden_states"] = True
-        outputs = self.encoder(pixel_values.to(self.encoder.dtype), **kwargs)
+        outputs = self.encoder(
+            pixel_values.to(self.encoder.dtype),
+            output_hidden_states=bool(output_hidden_states or layers),
+            output_attentions=output_attentions,
+            **kwargs,
+        )
 
         def patches(hidden_states: torch.Tensor) -> torch.Tensor:
             if hidden_states.shape[1] < height * width:
@@ -662,9 +846,13 @@ class VQRAEModel(ImageTokenizer):
             # prefix tokens (cls, registers) come first
             return self.encoder_norm(hidden_states[:, -height * width :])
 
-        features = patches(outputs.last_hidden_state)
+        features = BaseModelOutputWithPooling(
+            last_hidden_state=patches(outputs.last_hidden_state),
+            hidden_states=selected(outputs.hidden_states or (), output_hidden_states),
+            attentions=outputs.attentions if output_attentions else None,
+        )
         if not layers:
-            return features, features
+            return features, features.last_hidden_state
         return features, torch.stack([patches(outputs.hidden_states[layer]) for layer in layers]).mean(0)
 
 

@@ -11,17 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 
 try:
     from .configuration_simvq_gan import NORM_GROUPS, SimVQGANConfig
-    from .modeling_simvq import ImageTokenizer
+    from .modeling_simvq import DecoderOutput, ImageTokenizer, selected
     from .quantization_simvq import SimVQ
 except ImportError:
     if __package__:  # a real error inside them must not be masked
         raise
     from configuration_simvq_gan import NORM_GROUPS, SimVQGANConfig
-    from modeling_simvq import ImageTokenizer
+    from modeling_simvq import DecoderOutput, ImageTokenizer, selected
     from quantization_simvq import SimVQ
 
 
@@ -80,9 +81,15 @@ class SimVQGANEncoder(nn.Module):
         self.norm_out = group_norm(channels)
         self.conv_out = nn.Conv2d(channels, config.latent_channels, 1)
 
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.mid_block(self.down(self.conv_in(pixels)))
-        return self.conv_out(F.silu(self.norm_out(hidden_states)))
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """The latents; and the maps in front of the first level and behind each, (B, channels, height, width)."""
+        hidden_states = self.conv_in(pixels)
+        states = [hidden_states]
+        for stage in self.down:
+            hidden_states = stage(hidden_states)
+            states.append(hidden_states)
+        hidden_states = self.mid_block(hidden_states)
+        return self.conv_out(F.silu(self.norm_out(hidden_states))), tuple(states)
 
 
 class SimVQGANDecoder(nn.Module):
@@ -105,12 +112,23 @@ class SimVQGANDecoder(nn.Module):
         self.norm_out = group_norm(channels)
         self.conv_out = nn.Conv2d(channels, config.num_channels, 3, padding=1)
 
-    def forward(self, latents: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """(B, h * w, latent_channels) and the grid (h, w) -> (B, channels, h * patch, w * patch), normalised."""
+    def forward(
+        self,
+        latents: torch.Tensor,
+        grid: tuple[int, int],
+        output_hidden_states: bool | list[int] = False,
+        output_attentions: bool = False,
+    ) -> DecoderOutput:
+        """(B, h * w, latent_channels) and the grid (h, w) -> normalised pixels (B, channels, h * patch, w * patch); if
+        asked for, the maps in front of the first stage and behind each, (B, channels of the level, its height, its
+        width). There is no attention."""
         hidden_states = self.mid_block(self.conv_in(latents.transpose(1, 2).unflatten(2, grid)))
+        states = (hidden_states,)
         for stage in reversed(self.up):
             hidden_states = stage(hidden_states)
-        return self.conv_out(F.silu(self.norm_out(hidden_states)))
+            if output_hidden_states:
+                states += (hidden_states,)
+        return self.conv_out(F.silu(self.norm_out(hidden_states))), selected(states, output_hidden_states), None
 
 
 class SimVQGANModel(ImageTokenizer):
@@ -148,9 +166,23 @@ class SimVQGANModel(ImageTokenizer):
     def last_layer(self) -> nn.Parameter:
         return self.decoder.conv_out.weight
 
-    def _image_features(self, pixel_values: torch.Tensor, grid: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        latents = self.encoder(self._normalize(pixel_values).to(self.dtype)).flatten(2).transpose(1, 2)
-        return latents, latents
+    def get_input_embeddings(self) -> nn.Module:
+        """The first convolution."""
+        return self.encoder.conv_in
+
+    def _image_features(
+        self,
+        pixel_values: torch.Tensor,
+        grid: tuple[int, int],
+        output_hidden_states: bool | list[int] = False,
+        output_attentions: bool = False,
+    ) -> tuple[BaseModelOutputWithPooling, torch.Tensor]:
+        latents, states = self.encoder(self._normalize(pixel_values).to(self.dtype))
+        latents = latents.flatten(2).transpose(1, 2)
+        features = BaseModelOutputWithPooling(
+            last_hidden_state=latents, hidden_states=selected(states, output_hidden_states)
+        )
+        return features, latents
 
 
 SimVQGANModel.register_for_auto_class("AutoModel")

@@ -111,7 +111,7 @@ def record(file: Path) -> dict:
 
 @torch.no_grad()
 def encode(model: VQRAEModel, pixels: torch.Tensor) -> torch.Tensor:
-    return torch.cat([model.get_image_features(part.float() / 255) for part in pixels.split(64)])
+    return torch.cat([model.get_image_features(part.float() / 255).last_hidden_state for part in pixels.split(64)])
 
 
 # Measuring -----------------------------------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ def train_run(part: str, name: str, codes: int, settings: dict, crops: Crops, fo
 
     def forward(pixels, original):
         """Reconstruction, loss besides that of the pixels, and features; `original` are the pretrained encoder's."""
-        features = model.get_image_features(pixels) if from_pixels else original
+        features = model.get_image_features(pixels).last_hidden_state if from_pixels else original
         latents = model.project_in(features)
         quantized, loss, _ = model.quantizer(latents)
         if "rotation trick" in name:

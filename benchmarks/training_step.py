@@ -128,7 +128,7 @@ def parts(model: VQRAEModel, pixels: torch.Tensor) -> dict[str, dict[str, float]
     """Seconds and GFLOP of each part of our step, alone."""
     trainer = make_trainer(model, "unused")
     adversary, lpips = trainer.adversary, trainer.reconstruction_loss.lpips
-    features = model.get_image_features(pixels)
+    features = model.get_image_features(pixels).last_hidden_state
     grid = model._grid_of(pixels)
     quantized = model.quantizer(features)[0].detach()
     fake = model.decode_latents(quantized, grid).decoded_pixel_values.detach()
@@ -162,7 +162,7 @@ def parts(model: VQRAEModel, pixels: torch.Tensor) -> dict[str, dict[str, float]
         trainer.optimizer.zero_grad()
 
     work = {
-        "encoder, forward": lambda: model.get_image_features(pixels),
+        "encoder, forward": lambda: model.get_image_features(pixels).last_hidden_state,
         "quantizer, forward and backward": quantize,
         "decoder, forward and backward": decode_and_back,
         "LPIPS of both images, gradient of one": lpips_and_gradient,

@@ -11,9 +11,9 @@ SigLIP 2), from a folder or the hub. Where there is a choice take the second: di
 decoder, and RAE's training script trains them.
 
 Encoder, decoder, sizes and pixel statistics are the source's. With the quantizer left out,
-`model.decode_latents(model.get_image_features(pixels))`, reconstructions are those of the RAE. RAE's statistics of
-latents are checked and not needed: its `decode` undoes what its `encode` did with them, so its decoder sees, as ours
-does, the features of the encoder as they are.
+`model.decode_latents(model.get_image_features(pixels).last_hidden_state)`, reconstructions are those of the RAE. RAE's
+statistics of latents are checked and not needed: its `decode` undoes what its `encode` did with them, so its decoder
+sees, as ours does, the features of the encoder as they are.
 
 The quantizer is new. With --data its codes are k-means centroids of the features of those images. Without, they are
 Gaussian, and tokens mean nothing before training, which fits the codes first. Then:
@@ -494,7 +494,10 @@ def check_saved(model: VQRAEModel, folder: Path) -> None:
     differ = ours.keys() ^ theirs.keys() or {name for name in ours if not torch.equal(ours[name], theirs[name])}
     pixels = torch.rand(1, 3, model.config.image_size, model.config.image_size)
     outputs = [
-        (m.get_image_tokens(pixels), m.decode_latents(m.get_image_features(pixels)).decoded_pixel_values)
+        (
+            m.get_image_tokens(pixels),
+            m.decode_latents(m.get_image_features(pixels).last_hidden_state).decoded_pixel_values,
+        )
         for m in (model, loaded)
     ]
     if differ or not all(torch.equal(a, b) for a, b in zip(*outputs)):

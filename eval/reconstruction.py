@@ -68,10 +68,10 @@ class ModelReconstruction:
         output = self.model(pixels, return_loss=False)
         reconstructions, scores = output.decoded_pixel_values, {}
         if self.semantic_agreement:
-            seen = self.model.get_image_features(to_uint8(reconstructions) / 255)
+            seen = self.model.get_image_features(to_uint8(reconstructions) / 255).last_hidden_state
             scores["semantic_agreement"] = cosine_per_image(seen, output.last_hidden_state)
         if self.reference is not None:
-            features = self.reference.get_image_features(pixels)
+            features = self.reference.get_image_features(pixels).last_hidden_state
             scores["feature_cosine"] = cosine_per_image(output.last_hidden_state, features)
         return reconstructions, output.image_tokens, scores
 

@@ -54,7 +54,7 @@ def convert(arguments: list[str], output: Path, *more: str) -> VQRAEModel:
 @torch.no_grad()
 def reconstruct(model: VQRAEModel, pixels: torch.Tensor) -> torch.Tensor:
     """With the quantizer left out."""
-    return model.decode_latents(model.get_image_features(pixels)).decoded_pixel_values
+    return model.decode_latents(model.get_image_features(pixels).last_hidden_state).decoded_pixel_values
 
 
 def edit(file: Path, **changes) -> None:

@@ -484,7 +484,7 @@ def test_script_measures_a_model_on_a_folder(tmp_path, image_folder, saved_model
     with torch.no_grad():
         expected = saved_model(pixels)
         rounded = to_uint8(expected.decoded_pixel_values) / 255
-        again = saved_model.get_image_features(rounded)
+        again = saved_model.get_image_features(rounded).last_hidden_state
     cosine = torch.nn.functional.cosine_similarity(again, expected.last_hidden_state, dim=-1).mean()
     metrics = result["metrics"]
     assert metrics["psnr"] == pytest.approx(psnr_per_image(rounded, pixels).mean().item(), abs=1e-4)

@@ -5,6 +5,7 @@ from conftest import ENCODERS, tiny_config
 from PIL import Image
 from transformers import AutoConfig, AutoModel
 
+from configuration_simvq import VQRAEConfig
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import VQRAEModel, sincos_positions
 from quantization_simvq import VectorQuantizer
@@ -56,7 +57,7 @@ def test_features_are_the_encoders_patch_tokens_without_the_norms_affine(model_t
     with torch.no_grad():
         hidden = stock((x - 0.5) / 0.5, **noise).last_hidden_state[:, -16:]
         expected = (hidden - norm.bias) / norm.weight
-        torch.testing.assert_close(model.get_image_features(x), expected, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(model.get_image_features(x).last_hidden_state, expected, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("model_type", ["siglip_vision_model", "dinov2", "dinov3_vit", "vit_mae", "internvl_vision"])
@@ -83,8 +84,7 @@ def test_several_layers_are_quantized_as_the_mean_of_their_normalised_outputs(mo
         assert torch.equal(alone.get_image_tokens(pixels).flatten(1), alone.quantizer(caught[2])[2])
     torch.testing.assert_close(encoded.last_hidden_state, caught[2])
     assert torch.equal(encoded.image_tokens.flatten(1), tokens)
-    if model_type not in ("dinov3_vit", "internvl_vision"):  # whose random layers hardly change anything
-        assert not torch.equal(encoded.image_tokens, alone.get_image_tokens(pixels))
+    assert not torch.allclose(mean, caught[2], atol=1e-4)  # else this would show nothing
 
 
 def test_the_patch_embedding_is_layer_0(pixels):
@@ -111,7 +111,7 @@ def test_thin_helpers_agree_with_encode_and_decode(tiny_model, pixels):
     tiny_model.eval()
     encoded = tiny_model.encode(pixels)
     assert torch.equal(tiny_model.get_image_tokens(pixels), encoded.image_tokens)
-    assert torch.equal(tiny_model.get_image_features(pixels), encoded.last_hidden_state)
+    assert torch.equal(tiny_model.get_image_features(pixels).last_hidden_state, encoded.last_hidden_state)
     decoded = tiny_model.decode(encoded.image_tokens).decoded_pixel_values
     assert torch.equal(tiny_model.decode_image_tokens(encoded.image_tokens), decoded)
 
@@ -164,13 +164,42 @@ def test_positions_are_those_of_mae():
         (torch.rand(2, 3, 33, 32), "33 x 32.*8"),
         (torch.rand(0, 3, 32, 32), "0 images"),
         (torch.rand(2, 3, 32, 32) * 255, r"\[0, 1\]"),
-        (torch.rand(2, 3, 32, 32) * 4 - 2, r"\[0, 1\]"),
+        (torch.rand(2, 3, 32, 32) * 4 - 2, r"\[0, 1\], got -.* to "),
+        (torch.linspace(0.35, 1, 32).expand(2, 3, 32, 32) * 2 - 1, "-0.3 to 1, with areas whose mean is -0.15"),
+        ((torch.linspace(0.6, 1, 32).expand(2, 3, 32, 32) - 0.485) / 0.229, "areas whose mean is|to 2.25"),
         (torch.full((2, 3, 32, 32), float("nan")), "NaN"),
     ],
 )
 def test_bad_pixels_are_named(tiny_model, bad, message):
     with pytest.raises(ValueError, match=message):
         tiny_model.eval()(bad)
+
+
+@pytest.mark.parametrize("pattern", ["stripes", "squares", "noise"])
+@pytest.mark.parametrize("antialias", [True, False])
+@pytest.mark.parametrize("size", [16, 64, 104, 152, 224])
+def test_what_a_resize_overshoots_is_no_error(tiny_model, pattern, antialias, size):
+    """Bicubic, without clamping: black and white next to each other overshoot most."""
+    side = torch.arange(56)
+    images = {"stripes": (side // 4 % 2).expand(56, 56), "squares": (side[:, None] // 4 + side // 4) % 2}
+    images["noise"] = torch.randint(0, 2, (56, 56), generator=torch.Generator().manual_seed(0))
+    image = images[pattern].float().expand(1, 3, 56, 56)
+    resized = torch.nn.functional.interpolate(image, size=size, mode="bicubic", antialias=antialias)
+    if size > 56:
+        assert resized.min() < -0.05 and resized.max() > 1.05  # else this would show nothing
+    tiny_model.eval()._grid(resized)
+
+
+def test_an_encoder_whose_parts_are_not_known_is_refused():
+    tiny = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    for model_type, part in (
+        ("aimv2_vision_model", "rms_norm"),
+        ("pixtral", "ln_pre"),
+        ("siglip2_vision_model", "NaFlex"),
+    ):
+        encoder = tiny | {"model_type": model_type, "image_size": 32, "patch_size": 8}
+        with pytest.raises(ValueError, match=f"'{model_type}'.*{part}"):
+            VQRAEModel(VQRAEConfig(encoder_config=encoder, image_size=32, decoder_patch_size=8))
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ def test_methods_and_shapes_are_those_of_a_vqrae():
     assert output.decoded_pixel_values.shape == pixels.shape
     assert model.last_layer is model.decoder.conv_out.weight  # the reference's get_last_layer
     assert type(output) is type(VQRAEModel(tiny_config())(torch.rand(1, 3, 32, 32)))
-    assert torch.equal(model.get_image_features(pixels), encoded.last_hidden_state)
+    assert torch.equal(model.get_image_features(pixels).last_hidden_state, encoded.last_hidden_state)
     assert torch.equal(model.get_image_tokens(pixels), encoded.image_tokens)
     decoded = model.decode(encoded.image_tokens).decoded_pixel_values
     assert torch.equal(model.decode_image_tokens(encoded.image_tokens), decoded)

@@ -658,7 +658,7 @@ class VQRAETrainer(Trainer):
             terms["vq"] = outputs.embedding_loss
         if self.teacher:
             with torch.no_grad(), self.accelerator.autocast():
-                target = self.teacher.get_image_features(pixels)
+                target = self.teacher.get_image_features(pixels).last_hidden_state
             terms["distillation"] = F.mse_loss(outputs.last_hidden_state.float(), target.float())
             loss = loss + self.args.distillation_weight * terms["distillation"]
         self._add_terms({f"loss_{name}": term for name, term in terms.items()})
@@ -720,8 +720,8 @@ class VQRAETrainer(Trainer):
 
     def evaluate(self, *args, **kwargs):
         model = self.accelerator.unwrap_model(self.model)
-        training_counts = model.quantizer._counts  # held-out tokens are counted by the metrics, not by the training log
-        model.quantizer._counts = None
+        # held-out tokens are counted by the metrics, not by the training log
+        training_counts = model.quantizer.get_codebook_counts()
         with self.ema.applied() if self.ema else nullcontext():
             metrics = super().evaluate(*args, **kwargs)
         pictures = getattr(self.compute_metrics, "pictures", None)
@@ -737,7 +737,7 @@ class VQRAETrainer(Trainer):
                 path = Path(self.args.output_dir) / "reconstructions" / f"step-{self.state.global_step:07d}.png"
                 save_rows(pictures, path)
                 self._show(path)
-        model.quantizer._counts = training_counts
+        model.quantizer._counts.copy_(training_counts)
         self._last_log = None  # evaluation is no training time
         return metrics
 

@@ -1,8 +1,30 @@
 """Configuration of VQRAE: a pretrained vision encoder, a SimVQ quantizer and a ViT decoder; and its base, what the
 configurations of all image tokenizers here have in common."""
 
+import difflib
+from dataclasses import fields
+
+import transformers
+from packaging.version import Version
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec, strict
+from transformers.utils import logging
+
+
+OLDEST_TRANSFORMERS = "5.20"
+if Version(transformers.__version__) < Version(OLDEST_TRANSFORMERS):
+    raise ImportError(
+        f"This image tokenizer needs transformers >= {OLDEST_TRANSFORMERS}, but {transformers.__version__} is "
+        f'installed: pip install -U "transformers>={OLDEST_TRANSFORMERS}"'
+    )
+
+from transformers.configuration_utils import SubConfigSpec, strict  # noqa: E402
+
+
+logger = logging.get_logger(__name__)
+
+# what a config.json may hold beside the fields of its class: written by transformers for any model
+_OF_ANY_MODEL = {"auto_map", "custom_pipelines", "model_type", "num_labels", "quantization_config", "torch_dtype"}
+_OF_ANY_MODEL |= {"attn_implementation", "experts_implementation", "name_or_path", "output_attentions"}
 
 
 def _side(size, what: str) -> int:
@@ -28,8 +50,8 @@ def validate_at_least_one(config: PreTrainedConfig, *names: str) -> None:
 @strict
 class ImageTokenizerConfig(PreTrainedConfig):
     """Fields that every image tokenizer has; [`VQRAEConfig`] says what they are. A subclass also has
-    `decoder_patch_size`, the side in pixels of what one token stands for, and `latent_size`, the width of the vectors
-    that are quantized."""
+    `decoder_patch_size`, the side in pixels of what one token stands for, `hidden_size`, the width of the continuous
+    features, and `latent_size`, that of the vectors that are quantized."""
 
     image_size: int = 256
     num_channels: int = 3
@@ -39,13 +61,31 @@ class ImageTokenizerConfig(PreTrainedConfig):
     codebook_init: str = "gaussian"
     codebook_init_latents: int | None = None
     freeze_encoder: bool = True
-    image_mean: list[float | int] | tuple[float | int, ...] | None = None
-    image_std: list[float | int] | tuple[float | int, ...] | None = None
+    image_mean: list[float | int] | tuple[float | int, ...] | float | int | None = None
+    image_std: list[float | int] | tuple[float | int, ...] | float | int | None = None
+
+    # of the outputs, what a stock Trainer does not gather in evaluation
+    keys_to_ignore_at_inference = ["quantized_last_hidden_state", "reconstruction_loss", "embedding_loss"]
 
     def __post_init__(self, **kwargs):
+        known = {field.name for field in fields(self)}
+        for name in [name for name in kwargs if name not in _OF_ANY_MODEL and not name.startswith("_")]:
+            nearest = difflib.get_close_matches(name, known, 1)
+            hint = f": did you mean {nearest[0]}?" if nearest else f". It has {', '.join(self._own_fields())}."
+            if self.transformers_version is None:
+                raise TypeError(f"{type(self).__name__} has no field '{name}'{hint}")
+            # read from a file that a later version of this code may have written
+            logger.warning(f"{type(self).__name__} has no field '{name}', it is ignored{hint}")
+            del kwargs[name]
         super().__post_init__(**kwargs)
-        self.image_mean = [0.5] * self.num_channels if self.image_mean is None else list(self.image_mean)
-        self.image_std = [0.5] * self.num_channels if self.image_std is None else list(self.image_std)
+        for name in ("image_mean", "image_std"):
+            value = getattr(self, name)
+            value = 0.5 if value is None else value
+            setattr(self, name, [value] * self.num_channels if isinstance(value, (int, float)) else list(value))
+
+    @classmethod
+    def _own_fields(cls) -> list[str]:
+        return sorted({field.name for field in fields(cls)} - {field.name for field in fields(PreTrainedConfig)})
 
     @property
     def grid_size(self) -> int:
@@ -128,12 +168,14 @@ class VQRAEConfig(ImageTokenizerConfig):
         noise_tau (`float`, defaults to 0.0):
             While training, latents in front of the decoder get noise of standard deviation `noise_tau * U(0, 1)`, one
             draw per image (RAE: 0.8, VQRAE: 0).
-        image_mean, image_std (`list[float]`, default 0.5 for each channel):
+        image_mean, image_std (`list[float]`, or a number for all channels, default 0.5):
             Statistics with which the encoder's pixels are normalised, inside the model. Pixels are in [0, 1] outside.
         initializer_range (`float`, defaults to 0.02):
             Standard deviation of the decoder's initial weights.
 
     Raises:
+        TypeError: a field that there is not, with the nearest that there is. (In a file it is ignored with a warning:
+            a later version may have written it.)
         ValueError: a combination that cannot work, with the numbers that contradict each other.
 
     Example:
@@ -200,7 +242,7 @@ class VQRAEConfig(ImageTokenizerConfig):
     def to_dict(self) -> dict:
         """Without the name of the folder, on somebody's disk, that the encoder was read from."""
         fields = super().to_dict()
-        fields["encoder_config"].pop("_name_or_path", None)
+        fields["encoder_config"]["_name_or_path"] = ""
         return fields
 
     @property
@@ -209,9 +251,14 @@ class VQRAEConfig(ImageTokenizerConfig):
         return _side(self.encoder_config.patch_size, "encoder_config.patch_size")
 
     @property
+    def hidden_size(self) -> int:
+        """Width of the continuous features."""
+        return self.encoder_config.hidden_size
+
+    @property
     def latent_size(self) -> int:
         """Width of the vectors that are quantized."""
-        return self.codebook_dim or self.encoder_config.hidden_size
+        return self.codebook_dim or self.hidden_size
 
     def validate_architecture(self):
         validate_at_least_one(

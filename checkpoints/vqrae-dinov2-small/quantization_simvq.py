@@ -4,6 +4,7 @@ Source: SimVQ (arXiv 2411.02038, github.com/youngsheen/SimVQ).
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,13 @@ _TILE_TOKENS = 2048
 _TILE_SCORES = {"cpu": 2048 * 512}
 _TILE_SCORES_ACCELERATOR = 8 * 2048 * 512
 
+_NO_FLOAT64 = ("mps",)  # types of devices without it
+
+
+def _float64_device(device: torch.device) -> torch.device:
+    """Where float64 arithmetic on tensors of a device is done: there, or on the CPU if it has none."""
+    return torch.device("cpu") if device.type in _NO_FLOAT64 else device
+
 
 def _relative_error(dim: int, device: torch.device) -> float:
     """Bound on |computed - exact| / (|a| |b|) for a dot product of `dim` fp32 numbers (Higham 2002, section 3.1), with
@@ -43,7 +51,8 @@ def nearest_codes(
 
     `argmin_i ||z - e_i||^2 = argmin_i (||e_i||^2 / 2 - z.e_i)`, searched in fp32 over tiles of tokens x codes with a
     running minimum, so memory does not grow with the number of either. A token whose best two scores are closer than
-    twice the rounding error of fp32 is decided among the codes in that margin in float64.
+    twice the rounding error of fp32 is decided among the codes in that margin in float64; these few go to the CPU from
+    a device that has no float64 (MPS), so that the indices are the same everywhere.
 
     Args:
         latents: (tokens, dim), float32.
@@ -97,11 +106,13 @@ def _decide_in_float64(
 ) -> torch.Tensor:
     """The search of `nearest_codes` for a few tokens, in float64, among the codes whose fp32 score is at most
     `threshold` (tokens,)."""
-    best = torch.full((z.shape[0],), math.inf, dtype=torch.float64, device=z.device)
-    indices = torch.zeros(z.shape[0], dtype=torch.int64, device=z.device)
+    device = _float64_device(z.device)
+    exact_z = z.to(device).double()
+    best = torch.full((z.shape[0],), math.inf, dtype=torch.float64, device=device)
+    indices = torch.zeros(z.shape[0], dtype=torch.int64, device=device)
     # rounding of float64 itself: below this, two codes are equally near
-    tie = (z.shape[1] + 8) * 2.0**-53 * (z.double().norm(dim=1) + (2 * half_norms.max()).sqrt()) ** 2
-    width = max(1, tile_scores // (2 * z.shape[0]))
+    tie = (z.shape[1] + 8) * 2.0**-53 * (exact_z.norm(dim=1) + (2 * half_norms.max()).sqrt().item()) ** 2
+    width = max(1, tile_scores // (2 * max(z.shape)))  # all codes of a tile may be candidates, and are copied then
     for first in range(0, codes.shape[0], width):
         tile = codes[first : first + width]
         scores = torch.addmm(half_norms[first : first + width], z, tile.T, alpha=-1)
@@ -109,14 +120,29 @@ def _decide_in_float64(
         rows, columns = candidates.any(1).nonzero().squeeze(1), candidates.any(0).nonzero().squeeze(1)
         if not rows.numel():
             continue
-        near = tile[columns].double()
-        scores = torch.addmm(near.pow(2).sum(1) / 2, z[rows].double(), near.T, alpha=-1)
+        near, rows, columns = tile[columns].to(device).double(), rows.to(device), columns.to(device)
+        scores = torch.addmm(near.pow(2).sum(1) / 2, exact_z[rows], near.T, alpha=-1)
         minimum = scores.amin(1)
         lowest = torch.where(scores <= (minimum + tie[rows])[:, None], columns, codes.shape[0]).amin(1)
         nearer = minimum < best[rows] - tie[rows]
         rows = rows[nearer]
         best[rows], indices[rows] = minimum[nearer], lowest[nearer] + first
-    return indices
+    return indices.to(z.device)
+
+
+# One operator for `torch.compile` and `torch.export`, which do not look inside. Every copy of this file that a process
+# loads (remote code of several checkpoints) uses the operator of the first: its name says what it computes.
+if not hasattr(torch.ops.simvq, "nearest_codes"):
+
+    @torch.library.custom_op("simvq::nearest_codes", mutates_args=())
+    def _nearest_codes_operator(
+        latents: torch.Tensor, codes: torch.Tensor, half_norms: torch.Tensor, mean: torch.Tensor
+    ) -> torch.Tensor:
+        return nearest_codes(latents, codes, half_norms, mean)
+
+    @_nearest_codes_operator.register_fake
+    def _(latents, codes, half_norms, mean):
+        return latents.new_empty(latents.shape[0], dtype=torch.int64)
 
 
 @torch.no_grad()
@@ -132,6 +158,7 @@ def kmeans(samples: torch.Tensor, num_clusters: int, iterations: int, generator:
     Returns:
         (num_clusters, dim), float32, each the mean of the samples nearest to its predecessor.
     """
+    device = _float64_device(samples.device)
     order = torch.randperm(len(samples), generator=generator)[:num_clusters].to(samples.device)
     centroids = samples[order]
     for _ in logging.tqdm(range(iterations), desc=f"k-means, {num_clusters:,} codes of {len(samples):,} latents"):
@@ -139,10 +166,10 @@ def kmeans(samples: torch.Tensor, num_clusters: int, iterations: int, generator:
         centered = centroids - mean
         nearest = nearest_codes(samples, centered, centered.square().sum(1) / 2, mean)
         counts = torch.bincount(nearest, minlength=num_clusters)
-        sums = torch.zeros(num_clusters, samples.shape[1], dtype=torch.float64, device=samples.device)
+        sums = torch.zeros(num_clusters, samples.shape[1], dtype=torch.float64, device=device)
         for rows, part in zip(nearest.split(_TILE_TOKENS), samples.split(_TILE_TOKENS)):
-            sums.index_add_(0, rows, part.double())
-        centroids = (sums / counts.clamp_min(1)[:, None]).float()
+            sums.index_add_(0, rows.to(device), part.to(device).double())
+        centroids = (sums / counts.to(device).clamp_min(1)[:, None]).float().to(samples.device)
         empty = (counts == 0).nonzero().squeeze(1)
         drawn = torch.randint(len(samples), (len(empty),), generator=generator).to(samples.device)
         centroids[empty] = samples[drawn]  # more of them where the samples are dense
@@ -166,7 +193,53 @@ class StraightThrough(torch.autograd.Function):
         return grad_z_q, None
 
 
-class VectorQuantizer(nn.Module):
+class InFloat32(nn.Module):
+    """A module that is moved by `.half()` or `.to(torch.bfloat16)` of its model, but stays in fp32: for what decides
+    tokens, since rounded codes are other codes. Parameters are made with `dtype=torch.float32`, whatever the default
+    dtype, and its products are computed without autocast."""
+
+    def _apply(self, fn: Callable, recurse: bool = True):
+        def kept(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(kept, recurse)
+
+
+class Projection(InFloat32):
+    """A linear layer in fp32; no `nn.Linear`, which 8- and 4-bit loading rounds.
+
+    Args:
+        in_features, out_features: widths.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=torch.float32))
+
+    def forward(self, inputs: torch.Tensor, center: torch.Tensor | None = None) -> torch.Tensor:
+        """`W inputs + b`, float32, (..., out_features); or, with `center` (in_features,), `W (inputs - center)` of (N,
+        in_features): no copy of them is made, and no large b rounds them."""
+        with torch.autocast(device_type=inputs.device.type, enabled=False):
+            if center is None:
+                return F.linear(inputs.float(), self.weight, self.bias)
+            return torch.addmm(-(self.weight @ center), inputs, self.weight.T)
+
+
+class Codebook(nn.Embedding):
+    """Learnable codes, in fp32 whatever the default dtype. They are read by calling the module, not by its `weight`:
+    hooks that bring offloaded weights in (accelerate) run then."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
+        super().__init__(num_embeddings, embedding_dim, dtype=torch.float32)
+
+    def forward(self, indices: torch.Tensor | None = None) -> torch.Tensor:
+        """All codes (num_embeddings, embedding_dim), or those of `indices` (*indices.shape, embedding_dim)."""
+        return self.weight if indices is None else F.embedding(indices, self.weight)
+
+
+class VectorQuantizer(InFloat32):
     """A plain learnable codebook (VQ-VAE, VQGAN), the baseline that collapses. Same API as [`SimVQ`].
 
     Args:
@@ -187,14 +260,15 @@ class VectorQuantizer(nn.Module):
         self.embedding_dim = embedding_dim
         self.commitment_cost = commitment_cost
         self.legacy = legacy
-        self._counts = None  # (num_embeddings,) int64, tokens per code since the last reset
-        self._num_nonfinite = None  # () int64, latents with NaN or infinity since the last reset
+        # tokens per code, and latents with NaN or infinity, since the last reset
+        self.register_buffer("_counts", torch.zeros(num_embeddings, dtype=torch.int64), persistent=False)
+        self.register_buffer("_num_nonfinite", torch.zeros((), dtype=torch.int64), persistent=False)
         self._cache = None  # what the search needs of the codes, kept in eval mode
         self._build()
         self.reset_parameters()
 
     def _build(self) -> None:
-        self.embedding = nn.Embedding(self.num_embeddings, self.embedding_dim)
+        self.embedding = Codebook(self.num_embeddings, self.embedding_dim)
 
     def reset_parameters(self) -> None:
         """Uniform in +-1 / num_embeddings, as VQGAN does."""
@@ -206,9 +280,9 @@ class VectorQuantizer(nn.Module):
 
     def _centered_codes(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All projected codes minus their mean (num_embeddings, embedding_dim), and that mean (embedding_dim,)."""
-        weight = self.embedding.weight.float()
-        mean = weight.mean(0)
-        return weight - mean, mean
+        codes = self.embedding()
+        mean = codes.mean(0)
+        return codes - mean, mean
 
     def _sources(self) -> list[torch.Tensor]:
         """The small tensors on which the projected codes depend, besides the codebook."""
@@ -226,8 +300,8 @@ class VectorQuantizer(nn.Module):
             indices: (B, H, W) or (B, N), int64.
 
         Raises:
-            ValueError: `z` has another layout or width or is not floating point; or, in eval mode, holds NaN or
-                infinity. (In training such tokens get code 0 and are counted: `get_num_nonfinite`.)
+            ValueError: `z` has another layout or width or is not floating point. (Tokens with NaN or infinity get code
+                0 and are counted: `get_num_nonfinite`. In eval mode a warning says so.)
         """
         if z.ndim not in (3, 4) or not z.is_floating_point():
             raise ValueError(
@@ -243,7 +317,7 @@ class VectorQuantizer(nn.Module):
             flat = last.reshape(-1, self.embedding_dim).float()
             indices = self._search(flat.detach())
             # the gradient of the projection comes from the chosen rows alone
-            codes = self.project(F.embedding(indices, self.embedding.weight).float())
+            codes = self.project(self.embedding(indices))
             to_z = F.mse_loss(flat, codes.detach())
             # the same number; only its gradient is another one
             to_codes = F.mse_loss(codes, flat.detach()) if codes.requires_grad else to_z.detach()
@@ -257,19 +331,18 @@ class VectorQuantizer(nn.Module):
             z_q = z_q.permute(0, 3, 1, 2).contiguous()
         return z_q, vq_loss, indices.reshape(last.shape[:-1])
 
-    @torch.compiler.disable  # sizes here depend on the data
     @torch.no_grad()
     def _search(self, flat: torch.Tensor) -> torch.Tensor:
         nonfinite = (~torch.linalg.vector_norm(flat, ord=math.inf, dim=1).isfinite()).sum()  # no copy of flat
-        if self.training:
-            self._num_nonfinite = nonfinite + (0 if self._num_nonfinite is None else self._num_nonfinite)
-        elif nonfinite:
-            raise ValueError(
-                f"{nonfinite.item()} of {flat.shape[0]} latents hold NaN or infinity: check the pixels, and the dtype "
-                "of the encoder (fp16 overflows where bf16 does not)."
+        self._num_nonfinite += nonfinite
+        if not self.training and not torch.compiler.is_compiling() and nonfinite:  # a graph cannot ask
+            logger.warning_once(
+                f"{nonfinite.item()} of {flat.shape[0]} latents hold NaN or infinity and get code 0 (said once; "
+                "get_num_nonfinite() counts them): check the dtype of the encoder, fp16 overflows where bf16 does not."
             )
-        indices = nearest_codes(flat, *self._search_table())
-        self.count_codes(indices)
+        indices = torch.ops.simvq.nearest_codes(flat, *self._search_table())
+        if not torch.compiler.is_exporting():  # an exported program has no quantizer to count for
+            self.count_codes(indices)
         return indices
 
     def _search_table(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -277,27 +350,26 @@ class VectorQuantizer(nn.Module):
 
         The cache is valid while the codebook is the same tensor at the same version and the parameters of the
         projection have the same values, which are compared: they are small, and an edit through `.data` bumps no
-        version.
+        version. A graph computes the table anew, and so does a quantizer whose weights come and go (offloaded to the
+        CPU or the disk).
         """
+        if torch.compiler.is_compiling():
+            return self._new_table()
         weight, sources = self.embedding.weight, self._sources()
         version = None if weight.is_inference() else weight._version
-        if self._cache is not None:
-            cached_weight, cached_version, cached_sources, table = self._cache
-            if (
-                cached_weight is weight
-                and cached_version == version
-                and all(
-                    a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
-                    for a, b in zip(cached_sources, sources)
-                )
-            ):
-                return table
-        self._cache = None  # before the new table is made: never two at a time
-        codes, mean = self._centered_codes()
-        table = codes, torch.linalg.vector_norm(codes, dim=1).square_().div_(2), mean
-        if not self.training:
+        cache = self._cache  # read once: another thread may replace it
+        if cache is not None and cache[0] is weight and cache[1] == version:
+            if all(a.device == b.device and torch.equal(a, b) for a, b in zip(cache[2], sources)):
+                return cache[3]
+        self._cache = cache = None  # before the new table is made: never two at a time
+        table = self._new_table()
+        if not self.training and not any(tensor.is_meta for tensor in (weight, *sources)):
             self._cache = weight, version, [source.detach().clone() for source in sources], table
         return table
+
+    def _new_table(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        codes, mean = self._centered_codes()
+        return codes, torch.linalg.vector_norm(codes, dim=1).square_().div_(2), mean
 
     def train(self, mode: bool = True):
         if mode:
@@ -306,7 +378,8 @@ class VectorQuantizer(nn.Module):
 
     def __getstate__(self) -> dict:
         # copies and pickles start with neither a cache nor counts
-        return {**self.__dict__, "_cache": None, "_counts": None, "_num_nonfinite": None}
+        counts = {name: torch.zeros_like(self._buffers[name]) for name in ("_counts", "_num_nonfinite")}
+        return {**self.__dict__, "_cache": None, "_buffers": {**self._buffers, **counts}}
 
     def get_codebook_entry(self, indices: torch.Tensor) -> torch.Tensor:
         """Projected codes, i.e. what `forward` emits (the reference forgets the projection here).
@@ -322,51 +395,50 @@ class VectorQuantizer(nn.Module):
         """
         if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
             raise ValueError(f"Code indices must be integers, got {indices.dtype}.")
-        if indices.numel() and not (0 <= indices.min() and indices.max() < self.num_embeddings):
+        checked = indices.numel() and not torch.compiler.is_compiling()  # a graph cannot ask
+        if checked and not (0 <= indices.min() and indices.max() < self.num_embeddings):
             raise ValueError(
                 f"Code indices must be in [0, {self.num_embeddings}), got values from {indices.min().item()} to "
                 f"{indices.max().item()}. Were special tokens or a vocabulary offset left in?"
             )
         with torch.autocast(device_type=indices.device.type, enabled=False):
-            return self.project(F.embedding(indices.long(), self.embedding.weight).float())
+            return self.project(self.embedding(indices.long()))
 
     def count_codes(self, indices: torch.Tensor) -> None:
         """Counts tokens (int64, of any shape) that did not come from `forward`, which counts its own."""
         indices = indices.flatten()
-        if self._counts is None or self._counts.device != indices.device:
-            counts = torch.zeros(self.num_embeddings, dtype=torch.int64, device=indices.device)
-            self._counts = counts if self._counts is None else counts + self._counts.to(indices.device)
         self._counts.index_add_(0, indices, torch.ones_like(indices))
 
     def get_codebook_counts(self) -> torch.Tensor:
         """(num_embeddings,) int64: tokens that each code has been given since `reset_codebook_usage`, on this rank."""
-        if self._counts is None:
-            return torch.zeros(self.num_embeddings, dtype=torch.int64, device=self.embedding.weight.device)
-        return self._counts
+        return self._counts.clone()
 
     def get_codebook_usage(self) -> float:
         """Share of the codes, in [0, 1], that were used at least once since `reset_codebook_usage`, on this rank."""
         return self.get_codebook_counts().count_nonzero().item() / self.num_embeddings
 
     def get_num_nonfinite(self) -> int:
-        """Latents with NaN or infinity that training has met since `reset_codebook_usage`, on this rank."""
-        return 0 if self._num_nonfinite is None else int(self._num_nonfinite)
+        """Latents with NaN or infinity since `reset_codebook_usage`, on this rank."""
+        return self._num_nonfinite.item()
 
     def reset_codebook_usage(self) -> None:
         """Starts the counts anew. They are not part of checkpoints, copies or pickles."""
-        self._counts = self._num_nonfinite = None
+        self._counts.zero_()
+        self._num_nonfinite.zero_()
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, beta={self.commitment_cost}, legacy={self.legacy}"
 
 
 class FrozenCodebook(nn.Module):
-    """Codes as a buffer, so that no optimizer ever sees them: `from_pretrained` makes every *parameter* trainable
-    again. Named as an `nn.Embedding`, for the reference's key `embedding.weight`."""
+    """A [`Codebook`] whose codes are a buffer, so that no optimizer ever sees them: `from_pretrained` makes every
+    *parameter* trainable again. Named as an `nn.Embedding`, for the reference's key `embedding.weight`."""
 
     def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
         super().__init__()
-        self.register_buffer("weight", torch.empty(num_embeddings, embedding_dim))
+        self.register_buffer("weight", torch.empty(num_embeddings, embedding_dim, dtype=torch.float32))
+
+    forward = Codebook.forward
 
 
 class SimVQ(VectorQuantizer):
@@ -405,11 +477,18 @@ class SimVQ(VectorQuantizer):
 
     def _build(self) -> None:
         self.embedding = FrozenCodebook(self.num_embeddings, self.embedding_dim)
-        self.embedding_proj = nn.Linear(self.embedding_dim, self.embedding_dim)
+        self.embedding_proj = Projection(self.embedding_dim, self.embedding_dim)
 
     def reset_parameters(self) -> None:
-        """The reference's: N(0, 1 / d) codes and the default `nn.Linear`. What a checkpoint has filled stays."""
-        init.normal_(self.embedding.weight, std=self.embedding_dim**-0.5)
+        """The reference's: N(0, 1 / d) codes and the default `nn.Linear`. What a checkpoint has filled stays.
+
+        The codes are the same ones whatever the seed and the device, so that all processes agree on what none of them
+        trains.
+        """
+        weight = self.embedding.weight
+        if not weight.is_meta:
+            codes = torch.empty(weight.shape).normal_(generator=torch.Generator().manual_seed(0))
+            init.copy_(weight, codes * self.embedding_dim**-0.5)
         init.kaiming_uniform_(self.embedding_proj.weight, a=math.sqrt(5))
         bound = self.embedding_dim**-0.5
         init.uniform_(self.embedding_proj.bias, -bound, bound)
@@ -444,8 +523,10 @@ class SimVQ(VectorQuantizer):
         with torch.autocast(device_type=samples.device.type, enabled=False):
             samples = samples.float()
             centroids = kmeans(samples, self.num_embeddings, iterations, torch.Generator().manual_seed(seed))
-            mean = samples.mean(0)
-            covariance = sum(((part - mean).T @ (part - mean)).double() for part in samples.split(_TILE_TOKENS))
+            mean, device = samples.mean(0), _float64_device(samples.device)
+            covariance = sum(
+                ((part - mean).T @ (part - mean)).to(device).double() for part in samples.split(_TILE_TOKENS)
+            )
             variances, directions = torch.linalg.eigh(covariance / len(samples))
             # directions without variance (LayerNorm leaves one) are left alone, not blown up
             scale = (variances.clamp_min(1e-6 * variances[-1].clamp_min(1e-12)) * self.embedding_dim).sqrt()
@@ -453,22 +534,22 @@ class SimVQ(VectorQuantizer):
             whiten = (directions / scale) @ directions.T
             for start in range(0, len(centroids), _TILE_TOKENS):
                 rows = slice(start, start + _TILE_TOKENS)
-                self.embedding.weight[rows] = ((centroids[rows] - mean).double() @ whiten).to(self.embedding.weight)
+                whitened = (centroids[rows] - mean).to(device).double() @ whiten
+                self.embedding.weight[rows] = whitened.to(self.embedding.weight)
             self.embedding_proj.weight.copy_(weight)
             self.embedding_proj.bias.copy_(mean)
         self.reset_codebook_usage()
 
     def project(self, codes: torch.Tensor) -> torch.Tensor:
-        return F.linear(codes, self.embedding_proj.weight.float(), self.embedding_proj.bias.float())
+        return self.embedding_proj(codes)
 
     def _centered_codes(self) -> tuple[torch.Tensor, torch.Tensor]:
-        codes, weight = self.embedding.weight.float(), self.embedding_proj.weight.float()
+        codes = self.embedding()
         mean = codes.mean(0)
-        # W c + b - (W mean(c) + b): the mean costs one row, and a large b never rounds the codes
-        return torch.addmm(-(weight @ mean), codes, weight.T), self.project(mean)
+        return self.embedding_proj(codes, center=mean), self.project(mean)
 
     def _sources(self) -> list[torch.Tensor]:
         return [self.embedding_proj.weight, self.embedding_proj.bias]
 
 
-__all__ = ["SimVQ", "VectorQuantizer", "kmeans", "nearest_codes"]
+__all__ = ["Projection", "SimVQ", "VectorQuantizer", "kmeans", "nearest_codes"]
