@@ -276,8 +276,7 @@ class ImageTokenizer(PreTrainedModel):
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
-    # what decides tokens behind the encoder: bf16 codes would be other codes
-    _keep_in_fp32_modules_strict = ["project_in", "quantizer"]
+    _keep_in_fp32_modules_strict = ["quantizer"]  # bf16 codes would be other codes
     # each process counts its own tokens: DDP would overwrite them with those of the first
     _ddp_params_and_buffers_to_ignore = ["quantizer._counts", "quantizer._num_nonfinite"]
 
@@ -695,7 +694,10 @@ class VQRAEModel(ImageTokenizer):
         )
         self._interpolates = "interpolate_pos_encoding" in inspect.signature(self.encoder.forward).parameters
 
-        self.project_in = Projection(width, config.codebook_dim) if config.codebook_dim else nn.Identity()
+        self.project_in = nn.Identity()
+        if config.codebook_dim:
+            self.project_in = Projection(width, config.codebook_dim)
+            self._keep_in_fp32_modules_strict = ["project_in", "quantizer"]  # both decide tokens
         quantizer_class = SimVQ if config.use_simvq else VectorQuantizer
         self.quantizer = quantizer_class(
             config.codebook_size, config.latent_size, commitment_cost=config.commitment_cost, legacy=config.legacy
