@@ -129,11 +129,20 @@ class VQRAEConfig(ImageTokenizerConfig):
         encoder_input_size (`int`, *optional*, defaults to the encoder's own `image_size`):
             Side in pixels at which the encoder sees an image of `image_size` (RAE shows DINOv2 224 px of 256).
         encoder_layers (`list[int]`, *optional*):
-            Layers of the encoder whose outputs are quantized: each normalised, then their mean; 0 is the patch
-            embedding, `num_hidden_layers` the last one. `None`: the last one alone, as in VQRAE. The last layers of a
-            self-supervised encoder have lost colour and texture, which the first ones still hold; tokens of both keep
-            both (DualToken, arXiv 2503.14324, quantizes the two apart). The continuous features are the last layer's
-            in any case.
+            Layers of the encoder whose outputs are quantized: each normalised, then their mean (or, with
+            `pixel_weight`, side by side); 0 is the patch embedding, `num_hidden_layers` the last one. `None`: the last
+            one alone, as in VQRAE. The last layers of a self-supervised encoder have lost colour and texture, which the
+            first ones still hold; tokens of both keep both (DualToken, arXiv 2503.14324, quantizes the two apart). The
+            continuous features are the last layer's in any case.
+        pixel_weight (`float`, *optional*):
+            Fuses what the layers mean and what they look like: of `encoder_layers`, the last listed one keeps its
+            meaning, and the others predict the pixels of the token's patch. Tokens are codes of [last layer, pixels] on
+            `codebook_dim` directions, with the pixels' total variance `pixel_weight**2` times that of the layer. All
+            of it is fitted by [`VQRAEModel.initialize_codebook`], which has to be called. (TokenFlow, arXiv 2412.03069,
+            and IDEAL train such a fusion.) `None`: no fusion.
+        latents_fit (`dict`, *optional*):
+            What the fit of fused latents saw and reached: `images`, `tokens`, `variance_kept` by the directions, and
+            `pixels_psnr` in dB of the predicted pixels; `None` as long as it was not done.
         image_size (`int`, defaults to 256):
             Side in pixels of the images that go in and come out.
         decoder_patch_size (`int`, defaults to 16):
@@ -160,6 +169,13 @@ class VQRAEConfig(ImageTokenizerConfig):
             Keep the encoder without gradients and in eval mode (stage 1); `False` trains it (stage 2).
         decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads, decoder_intermediate_size
             (`int`, *optional*): Size of the decoder. `None`: the encoder's ("symmetric decoder").
+        decoder_mixing (`str`, defaults to `"attention"`):
+            How the decoder's layers see other tokens: `"attention"` (VQRAE, a plain ViT), `"convolution"` (ConvNeXt's
+            depthwise one, over 7 x 7 tokens) or `"both"`, one beside the other.
+        decoder_linear_path (`int`, *optional*):
+            1, 3 or 5: what the decoder paints is a linear map of that many codes in each direction, plus what its
+            layers add. `initialize_codebook` fits the map by least squares; the layers add nothing before the first
+            step.
         decoder_layer_norm_eps (`float`, defaults to 1e-6):
             Epsilon of the decoder's layer norms (RAE's decoders: 1e-12).
         decoder_learned_positions (`bool`, defaults to `False`):
@@ -202,6 +218,8 @@ class VQRAEConfig(ImageTokenizerConfig):
     encoder_config: dict | PreTrainedConfig | None = None
     encoder_input_size: int | None = None
     encoder_layers: list[int] | tuple[int, ...] | None = None
+    pixel_weight: float | int | None = None
+    latents_fit: dict | None = None
     decoder_patch_size: int = 16
     codebook_dim: int | None = None
     use_simvq: bool = True
@@ -209,6 +227,8 @@ class VQRAEConfig(ImageTokenizerConfig):
     decoder_num_hidden_layers: int | None = None
     decoder_num_attention_heads: int | None = None
     decoder_intermediate_size: int | None = None
+    decoder_mixing: str = "attention"
+    decoder_linear_path: int | None = None
     decoder_layer_norm_eps: float | int = 1e-6
     decoder_learned_positions: bool = False
     noise_tau: float | int = 0.0
@@ -260,6 +280,17 @@ class VQRAEConfig(ImageTokenizerConfig):
         """Width of the vectors that are quantized."""
         return self.codebook_dim or self.hidden_size
 
+    @property
+    def quantized_features(self) -> int:
+        """Width of what of the encoder's layers is projected and quantized."""
+        return self.hidden_size * (len(self.encoder_layers) if self.pixel_weight else 1)
+
+    @property
+    def decoder_in_features(self) -> int:
+        """Width of the latents that the decoder takes: that of the features; of fused ones, that of the features and of
+        the pixels of a patch."""
+        return self.hidden_size + (self.decoder_patch_size**2 * self.num_channels if self.pixel_weight else 0)
+
     def validate_architecture(self):
         validate_at_least_one(
             self,
@@ -279,14 +310,29 @@ class VQRAEConfig(ImageTokenizerConfig):
             not layers or len(set(layers)) < len(layers) or not all(0 <= layer <= deepest for layer in layers)
         ):
             raise ValueError(f"encoder_layers must be different numbers from 0 to {deepest}, got {layers}.")
+        self._validate_fused_latents()
+        if self.decoder_mixing not in ("attention", "convolution", "both"):
+            raise ValueError(
+                f"decoder_mixing must be 'attention', 'convolution' or 'both', got '{self.decoder_mixing}'."
+            )
+        if self.decoder_learned_positions and self.decoder_mixing == "convolution":
+            raise ValueError("decoder_learned_positions needs attention: a convolution has no positions.")
+        if self.decoder_linear_path not in (None, 1, 3, 5):
+            raise ValueError(f"decoder_linear_path must be 1, 3 or 5, got {self.decoder_linear_path}.")
+        if self.decoder_linear_path and self.latent_size > self.decoder_in_features:
+            raise ValueError(
+                f"decoder_linear_path needs the codes back from the latents: codebook_dim {self.latent_size} must not "
+                f"be above their width {self.decoder_in_features}."
+            )
         if self.codebook_init == "kmeans" and not self.use_simvq:
             raise ValueError("codebook_init='kmeans' needs use_simvq=True.")
-        if self.decoder_hidden_size % self.decoder_num_attention_heads:
+        attends = self.decoder_mixing != "convolution"
+        if attends and self.decoder_hidden_size % self.decoder_num_attention_heads:
             raise ValueError(
                 f"decoder_hidden_size {self.decoder_hidden_size} is not a multiple of decoder_num_attention_heads "
                 f"{self.decoder_num_attention_heads}."
             )
-        if self.decoder_hidden_size % 4:
+        if attends and self.decoder_hidden_size % 4:
             raise ValueError(
                 f"decoder_hidden_size must be a multiple of 4 (2-d sin-cos positions), got {self.decoder_hidden_size}."
             )
@@ -305,6 +351,29 @@ class VQRAEConfig(ImageTokenizerConfig):
                 f"{self.encoder_input_size} / patch {self.encoder_patch_size}), but the decoder paints "
                 f"{self.grid_size} x {self.grid_size} patches (image_size {self.image_size} / decoder_patch_size "
                 f"{self.decoder_patch_size}). Change encoder_input_size, image_size or decoder_patch_size."
+            )
+
+    def _validate_fused_latents(self):
+        if self.pixel_weight is None:
+            if self.latents_fit is not None:
+                raise ValueError("latents_fit is what the fit of fused latents says: it needs pixel_weight.")
+            return
+        if not self.pixel_weight > 0:
+            raise ValueError(f"pixel_weight must be positive, got {self.pixel_weight}.")
+        if not self.use_simvq:
+            raise ValueError("pixel_weight needs use_simvq=True: the codes of fused latents are fitted.")
+        if len(self.encoder_layers or []) < 2:
+            raise ValueError(
+                "pixel_weight needs encoder_layers with the layers that predict pixels and, last, the one whose "
+                f"meaning is kept, such as [1, 2, {self.encoder_config.num_hidden_layers}]; got {self.encoder_layers}."
+            )
+        if self.codebook_dim is None:
+            raise ValueError("pixel_weight needs codebook_dim, the number of directions of the fused latents (128).")
+        if self.codebook_dim > self.decoder_in_features:
+            raise ValueError(
+                f"codebook_dim {self.codebook_dim} is above the width of the fused latents, "
+                f"{self.decoder_in_features}: {self.hidden_size} of a layer and "
+                f"{self.decoder_in_features - self.hidden_size} pixels of a patch."
             )
 
 

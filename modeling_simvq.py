@@ -9,7 +9,7 @@ github.com/bytetriper/RAE). Method and output names follow the tokenizers of tra
 import copy
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -17,177 +17,49 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
 from transformers import initialization as init
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput, can_return_tuple, logging
 
 
 try:
     from .configuration_simvq import VQRAEConfig
+    from .decoding_simvq import VQRAEDecoder, selected
+    from .fitting_simvq import (
+        MOST_BYTES,
+        Moments,
+        Reservoir,
+        fit_linear_path,
+        fuse,
+        gathered,
+        pixels_of,
+        processes,
+        read_again,
+        sample_of_latents,
+        share_first,
+    )
     from .quantization_simvq import Projection, SimVQ, VectorQuantizer
 except ImportError:
     if __package__:  # a real error inside them must not be masked
         raise
     from configuration_simvq import VQRAEConfig
+    from decoding_simvq import VQRAEDecoder, selected
+    from fitting_simvq import (
+        MOST_BYTES,
+        Moments,
+        Reservoir,
+        fit_linear_path,
+        fuse,
+        gathered,
+        pixels_of,
+        processes,
+        read_again,
+        sample_of_latents,
+        share_first,
+    )
     from quantization_simvq import Projection, SimVQ, VectorQuantizer
 
 
 logger = logging.get_logger(__name__)
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Decoder
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def sincos_positions(height: int, width: int, dim: int, device: torch.device) -> torch.Tensor:
-    """Fixed 2-d sin-cos positions of MAE and RAE, (height * width, dim), row by row: half the channels tell the
-    column and half the row, in the order of MAE's released weights (columns first)."""
-    omega = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float32, device=device) / (dim // 4))
-    rows, columns = torch.meshgrid(
-        torch.arange(height, dtype=torch.float32, device=device),
-        torch.arange(width, dtype=torch.float32, device=device),
-        indexing="ij",
-    )
-    angles = [position.reshape(-1, 1) * omega for position in (columns, rows)]
-    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention over (B, heads, N, head_dim), written out; returns (B, N, heads, head_dim) and the weights."""
-    weights = F.softmax(query @ key.transpose(2, 3) * scaling, dim=-1, dtype=torch.float32).to(query.dtype)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
-class VQRAEDecoderAttention(nn.Module):
-    def __init__(self, config: VQRAEConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.head_dim = config.decoder_hidden_size // config.decoder_num_attention_heads
-        self.scaling = self.head_dim**-0.5
-        self.is_causal = False
-        self.q_proj = nn.Linear(config.decoder_hidden_size, config.decoder_hidden_size)
-        self.k_proj = nn.Linear(config.decoder_hidden_size, config.decoder_hidden_size)
-        self.v_proj = nn.Linear(config.decoder_hidden_size, config.decoder_hidden_size)
-        self.o_proj = nn.Linear(config.decoder_hidden_size, config.decoder_hidden_size)
-
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, N, width) -> the same, and the weights (B, heads, N, N), which only eager attention has."""
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query, key, value = (
-            projection(hidden_states).view(shape).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        output, weights = attention(self, query, key, value, None, dropout=0.0, scaling=self.scaling)
-        return self.o_proj(output.reshape(hidden_states.shape)), weights
-
-
-class VQRAEDecoderLayer(GradientCheckpointingLayer):
-    """A pre-norm ViT layer, that of MAE."""
-
-    def __init__(self, config: VQRAEConfig) -> None:
-        super().__init__()
-        self.layernorm_before = nn.LayerNorm(config.decoder_hidden_size, eps=config.decoder_layer_norm_eps)
-        self.attention = VQRAEDecoderAttention(config)
-        self.layernorm_after = nn.LayerNorm(config.decoder_hidden_size, eps=config.decoder_layer_norm_eps)
-        self.fc1 = nn.Linear(config.decoder_hidden_size, config.decoder_intermediate_size)
-        self.fc2 = nn.Linear(config.decoder_intermediate_size, config.decoder_hidden_size)
-
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        attended, weights = self.attention(self.layernorm_before(hidden_states))
-        hidden_states = hidden_states + attended
-        return hidden_states + self.fc2(F.gelu(self.fc1(self.layernorm_after(hidden_states)))), weights
-
-
-# normalised pixels (B, channels, h * patch, w * patch), hidden states, attentions
-DecoderOutput = tuple[torch.Tensor, tuple[torch.Tensor, ...] | None, tuple[torch.Tensor | None, ...] | None]
-
-
-def selected(states: tuple[torch.Tensor, ...], wanted: bool | list[int]) -> tuple[torch.Tensor | None, ...] | None:
-    """What `output_hidden_states` asks for: all, none, or those of some places, also counted from the end (`None` in
-    place of the others), as the models of transformers do."""
-    if isinstance(wanted, bool):
-        return states if wanted else None
-    kept = {place % len(states) for place in wanted}
-    return tuple(state if place in kept else None for place, state in enumerate(states))
-
-
-class VQRAEDecoder(nn.Module):
-    """Latents to normalised pixels: RAE's ViT decoder (a learnable cls token, fixed positions, a linear layer to the
-    pixels of each patch), whose weights fit its modules one to one. RAE's positions may have been trained: what they
-    have moved is in `position_offsets`."""
-
-    def __init__(self, config: VQRAEConfig) -> None:
-        super().__init__()
-        self.in_features = config.encoder_config.hidden_size
-        self.noise_tau = config.noise_tau
-        self.patch_size = config.decoder_patch_size
-        self.num_channels = config.num_channels
-        self.decoder_embed = nn.Linear(self.in_features, config.decoder_hidden_size)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.decoder_hidden_size))
-        self.position_offsets = None
-        if config.decoder_learned_positions:
-            self.position_offsets = nn.Parameter(
-                torch.zeros(1, config.decoder_hidden_size, config.grid_size, config.grid_size)
-            )
-        self.decoder_layers = nn.ModuleList(
-            [VQRAEDecoderLayer(config) for _ in range(config.decoder_num_hidden_layers)]
-        )
-        self.decoder_norm = nn.LayerNorm(config.decoder_hidden_size, eps=config.decoder_layer_norm_eps)
-        self.decoder_pred = nn.Linear(config.decoder_hidden_size, config.decoder_patch_size**2 * config.num_channels)
-
-    def forward(
-        self,
-        latents: torch.Tensor,
-        grid: tuple[int, int],
-        output_hidden_states: bool | list[int] = False,
-        output_attentions: bool = False,
-    ) -> DecoderOutput:
-        """Paints latents (B, h * w, encoder width) of a grid (h, w), see [`VQRAEOutput`] for the rest."""
-        height, width = grid
-        if self.training and self.noise_tau > 0:  # RAE, section 3: a random strength for each image
-            sigma = self.noise_tau * torch.rand(len(latents), 1, 1, device=latents.device, dtype=latents.dtype)
-            latents = latents + sigma * torch.randn_like(latents)
-        hidden_states = self.decoder_embed(latents)
-        positions = sincos_positions(height, width, hidden_states.shape[-1], hidden_states.device)
-        if self.position_offsets is not None:
-            offsets = self.position_offsets
-            if offsets.shape[2:] != grid:
-                offsets = F.interpolate(offsets, size=grid, mode="bicubic", align_corners=False)
-            positions = positions + offsets[0].flatten(1).T
-        hidden_states = hidden_states + positions.to(hidden_states.dtype)
-        # the cls token has no position
-        hidden_states = torch.cat([self.cls_token.expand(len(latents), -1, -1), hidden_states], dim=1)
-        states, attentions = (hidden_states,), () if output_attentions else None
-        for layer in self.decoder_layers:
-            hidden_states, weights = layer(hidden_states)
-            if output_hidden_states:
-                states += (hidden_states,)
-            if output_attentions:
-                attentions += (weights,)
-        patches = self.decoder_pred(self.decoder_norm(hidden_states[:, 1:]))
-        patches = patches.view(-1, height, width, self.patch_size, self.patch_size, self.num_channels)
-        pixels = patches.permute(0, 5, 1, 3, 2, 4).reshape(
-            -1, self.num_channels, height * self.patch_size, width * self.patch_size
-        )
-        return pixels, selected(states, output_hidden_states), attentions
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The model
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -344,61 +216,61 @@ class ImageTokenizer(PreTrainedModel):
         seed: int = 0,
     ) -> None:
         """Fits the codes to the latents of images, see [`SimVQ.fit`]; on frozen features a Gaussian codebook collapses.
+        Where the configuration asks for them, fused latents are fitted first (`pixel_weight`, see `fuse` in
+        fitting_simvq.py), and the decoder's linear path last (`decoder_linear_path`); its layers then add nothing.
 
         One pass over `batches`, of which a uniform sample of `latents_per_code * codebook_size` latents is kept, 2 GiB
-        of them at most. With several processes each passes batches of its own, all use the sample of all, and the first
-        one's result is every one's. Sets `config.codebook_init` and `config.codebook_init_latents`.
+        of them at most. Fused latents need a second pass, and with a linear path whole images are kept, 2 GiB of
+        latents and pixels. With several processes each passes batches of its own, all use the sums and the sample of
+        all, and the first one's result is every one's. Sets `config.codebook_init`, `config.codebook_init_latents` and
+        `config.latents_fit`.
 
         Args:
-            batches: pixels (B, channels, height, width) in [0, 1], or dicts that hold them as `pixel_values`.
+            batches: pixels (B, channels, height, width) in [0, 1], or dicts that hold them as `pixel_values`. Of an
+                iterator, which can be read but once, a random sample of whole images is kept where two passes are
+                needed, 2 GiB of them at most; a list or a `DataLoader` is read again.
             latents_per_code: size of the sample for each code.
             iterations: of k-means.
             seed: of the sample and of k-means; the same seed and batches give the same codebook.
 
         Raises:
-            ValueError: a plain codebook; fewer latents than codes; latents that are not finite.
+            ValueError: a plain codebook; fewer latents than codes; latents that are not finite; for fused latents,
+                images that are all the same.
         """
         if not isinstance(self.quantizer, SimVQ):
             raise ValueError("initialize_codebook needs use_simvq=True.")
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        num_processes = torch.distributed.get_world_size() if distributed else 1
-        rank = torch.distributed.get_rank() if distributed else 0
+        rank, count = processes()
         dim, device = self.quantizer.embedding_dim, self.quantizer.embedding.weight.device
-        codes, most = self.config.codebook_size, 2**31 // (4 * dim)
+        codes, most = self.config.codebook_size, MOST_BYTES // (4 * dim)
         if latents_per_code * codes > most:
             logger.warning(
                 f"{latents_per_code * codes:,} latents of width {dim} are more than the 2 GiB that are kept: the codes "
                 f"are fitted to {most:,} latents, {most / codes:.1f} a code."
             )
-        size = math.ceil(min(latents_per_code * codes, most) / num_processes)
-        sample, seen = torch.empty(size, dim, device=device), 0
-        generator = torch.Generator().manual_seed(seed * num_processes + rank)
+        size = math.ceil(min(latents_per_code * codes, most) / count)
+        generator = torch.Generator().manual_seed(seed * count + rank)
         was_training = self.training
         self.eval()
-        for batch in batches:
-            pixels = batch if isinstance(batch, torch.Tensor) else batch["pixel_values"]
-            latents = self.get_latents(pixels.to(device)).flatten(0, 1).float()
-            # reservoir sampling (Vitter 1985, algorithm R): the i-th latent takes a random place of i, if it exists
-            position = torch.arange(seen, seen + len(latents))
-            place = torch.where(
-                position < size, position, (torch.rand(len(latents), generator=generator) * (position + 1)).long()
-            )
-            kept = (place < size).nonzero().squeeze(1)
-            # of several for one place the last one stays
-            last = dict(zip(place[kept].tolist(), kept.tolist()))
-            sample[list(last)] = latents[list(last.values())]
-            seen += len(latents)
-        self.train(was_training)
-        sample = sample[:seen]
-        if distributed:
-            samples = [None] * num_processes
-            torch.distributed.all_gather_object(samples, sample.cpu())
-            sample = torch.cat(samples).to(device)
+        if self._fits_images():
+            batches = read_again(batches, torch.Generator().manual_seed(seed * count + rank))
+            if self.config.pixel_weight:
+                self._fit_projections(batches)
+            images = self._sample_of_images(batches, generator)
+            sample = torch.cat([latents for latents, _, _ in images])
+            sample = sample[torch.randperm(len(sample), generator=generator)[:size].to(sample.device)].to(device)
+        else:
+            sample = sample_of_latents(batches, self.get_latents, size, dim, device, generator)
+        sample = gathered(sample)
         self.quantizer.fit(sample, iterations, seed)
-        if distributed:
-            for tensor in self.quantizer.state_dict().values():
-                torch.distributed.broadcast(tensor, 0)
+        share_first(self.quantizer.state_dict().values())
+        if self._fits_images() and self.config.decoder_linear_path:
+            self._fit_linear_path(images, generator)
+        self.train(was_training)
         self.config.codebook_init, self.config.codebook_init_latents = "kmeans", len(sample)
+
+    def _fits_images(self) -> bool:
+        """Whether `initialize_codebook` fits more than codes, and so needs whole images."""
+        return False
 
     def _grid(self, pixel_values: torch.Tensor) -> tuple[int, int]:
         """Checks pixels; the grid (h, w) of their tokens."""
@@ -568,6 +440,11 @@ class ImageTokenizer(PreTrainedModel):
             grid = (math.isqrt(latents.shape[1]),) * 2
         if grid[0] * grid[1] != latents.shape[1]:
             raise ValueError(f"{latents.shape[1]} latents do not fill a grid of {grid[0]} x {grid[1]}: pass grid.")
+        if self._fits_images() and self.config.codebook_init_latents is None and not torch.compiler.is_compiling():
+            logger.warning_once(
+                "This model paints by what is fitted to images (pixel_weight, decoder_linear_path), and the fit was "
+                "never done: call initialize_codebook(batches) first, as train_hf.py does."
+            )
         asked_for = self._asked_for(output_hidden_states, output_attentions)
         pixels, hidden_states, attentions = self.decoder(latents, grid, **asked_for)
         pixels = pixels.float()  # near 1, bf16 has steps of 1/256
@@ -696,13 +573,15 @@ class VQRAEModel(ImageTokenizer):
 
         self.project_in = nn.Identity()
         if config.codebook_dim:
-            self.project_in = Projection(width, config.codebook_dim)
+            self.project_in = Projection(config.quantized_features, config.codebook_dim)
             self._keep_in_fp32_modules_strict = ["project_in", "quantizer"]  # both decide tokens
         quantizer_class = SimVQ if config.use_simvq else VectorQuantizer
         self.quantizer = quantizer_class(
             config.codebook_size, config.latent_size, commitment_cost=config.commitment_cost, legacy=config.legacy
         )
-        self.project_out = nn.Linear(config.codebook_dim, width) if config.codebook_dim else nn.Identity()
+        self.project_out = nn.Identity()
+        if config.codebook_dim:
+            self.project_out = nn.Linear(config.codebook_dim, config.decoder_in_features)
         self.decoder = VQRAEDecoder(config)
         self.post_init()
         self._set_encoder_trainable()
@@ -732,8 +611,12 @@ class VQRAEModel(ImageTokenizer):
         if module in (self.project_in, self.project_out):  # keeps the scale of the features; our choice
             init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
             init.zeros_(module.bias)
-        elif isinstance(module, VQRAEDecoder):
-            init.normal_(module.cls_token, std=self.config.initializer_range)
+        elif self.decoder.linear_path and module in (self.decoder.decoder_pred, self.decoder.linear_path.to_patches):
+            init.zeros_(module.weight)  # the path alone paints, once it is fitted
+            init.zeros_(module.bias)
+        elif module is self.decoder:
+            if module.cls_token is not None:
+                init.normal_(module.cls_token, std=self.config.initializer_range)
             if module.position_offsets is not None:
                 init.zeros_(module.position_offsets)
         else:
@@ -855,7 +738,82 @@ class VQRAEModel(ImageTokenizer):
         )
         if not layers:
             return features, features.last_hidden_state
-        return features, torch.stack([patches(outputs.hidden_states[layer]) for layer in layers]).mean(0)
+        listed = [patches(outputs.hidden_states[layer]) for layer in layers]
+        return features, torch.cat(listed, dim=-1) if self.config.pixel_weight else torch.stack(listed).mean(0)
+
+    # Fits, see `initialize_codebook` ---------------------------------------------------------------------------------
+
+    def _fits_images(self) -> bool:
+        return bool(self.config.pixel_weight or self.config.decoder_linear_path)
+
+    def _patches(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Normalised pixels as the decoder paints them: (B, channels, H, W) -> (B, h * w, patch * patch * channels)."""
+        patch = self.config.decoder_patch_size
+        pixels = self._normalize(pixel_values.float())
+        pixels = pixels.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # B, channels, h, patch, w, patch
+        return pixels.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+    def _fit_projections(self, batches: Iterable) -> None:
+        config, device = self.config, self.quantizer.embedding.weight.device
+        pixels = config.decoder_patch_size**2 * config.num_channels
+        moments, images = Moments(config.quantized_features + pixels, device), torch.zeros((), dtype=torch.int64)
+        for batch in logging.tqdm(batches, desc="Fused latents, moments", unit="batch"):
+            pixel_values = pixels_of(batch, device)
+            features = self._checked_features(pixel_values)[1].float()
+            moments.add(torch.cat([features, self._patches(pixel_values)], dim=-1).flatten(0, 1))
+            images += len(pixel_values)
+        moments.join_processes()
+        if moments.count < 2:
+            raise ValueError("initialize_codebook got no images.")
+        images = gathered(images[None]).sum().item()
+        fit = fuse(moments, config.hidden_size, pixels, config.pixel_weight, config.codebook_dim, config.image_std)
+        for module, (weight, bias) in ((self.project_in, fit.project_in), (self.project_out, fit.project_out)):
+            module.weight.copy_(weight)
+            module.bias.copy_(bias)
+            share_first((module.weight, module.bias))
+        config.latents_fit = {
+            "images": images,
+            "tokens": int(moments.count),
+            "variance_kept": round(fit.variance_kept, 6),
+            "pixels_psnr": round(fit.pixels_psnr, 3),
+        }
+
+    def _sample_of_images(
+        self, batches: Iterable, generator: torch.Generator
+    ) -> list[tuple[torch.Tensor, torch.Tensor, tuple[int, int]]]:
+        """A random sample of whole images: latents (h * w, latent_size), patches (h * w, pixels) in half precision, and
+        the grid (h, w) of each. On the CPU."""
+        device, sample, reservoir = self.quantizer.embedding.weight.device, [], None
+        for batch in logging.tqdm(batches, desc="Latents of images", unit="batch"):
+            pixel_values = pixels_of(batch, device)
+            latents = self.get_latents(pixel_values).float().cpu()
+            patches = self._patches(pixel_values).to(torch.float16).cpu()
+            if reservoir is None:
+                size = MOST_BYTES // processes()[1] // (latents[0].nbytes + patches[0].nbytes)
+                reservoir = Reservoir(max(1, size), generator)
+            for place, which in sorted(reservoir.places(len(latents)).items()):
+                image = latents[which].clone(), patches[which].clone(), self._grid_of(pixel_values)
+                sample[place : place + 1] = [image]  # at the end where it is a new place
+        if not sample:
+            raise ValueError("initialize_codebook got no images.")
+        return sample
+
+    def _fit_linear_path(self, images: list, generator: torch.Generator) -> None:
+        path, device = self.decoder.linear_path, self.quantizer.embedding.weight.device
+        if isinstance(path.to_codes, nn.Linear):
+            weight, bias = self.project_out.weight.double(), self.project_out.bias.double()
+            inverse = torch.linalg.pinv(weight)
+            path.to_codes.weight.copy_(inverse)
+            path.to_codes.bias.copy_(-inverse @ bias)
+        weight, bias = fit_linear_path(
+            images, lambda latents: self.quantizer(latents)[0], self.config.decoder_linear_path, generator, device
+        )
+        path.to_patches.weight.copy_(weight)
+        path.to_patches.bias.copy_(bias)
+        for parameter in self.decoder.decoder_pred.parameters():
+            parameter.zero_()
+        share_first([*path.parameters()])
+        self.quantizer.reset_codebook_usage()
 
 
 VQRAEModel.register_for_auto_class("AutoModel")

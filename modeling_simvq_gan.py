@@ -16,13 +16,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 try:
     from .configuration_simvq_gan import NORM_GROUPS, SimVQGANConfig
-    from .modeling_simvq import DecoderOutput, ImageTokenizer, selected
+    from .decoding_simvq import DecoderOutput, selected
+    from .modeling_simvq import ImageTokenizer
     from .quantization_simvq import SimVQ
 except ImportError:
     if __package__:  # a real error inside them must not be masked
         raise
     from configuration_simvq_gan import NORM_GROUPS, SimVQGANConfig
-    from modeling_simvq import DecoderOutput, ImageTokenizer, selected
+    from decoding_simvq import DecoderOutput, selected
+    from modeling_simvq import ImageTokenizer
     from quantization_simvq import SimVQ
 
 

@@ -42,9 +42,10 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoImageProcessor
 
 from configuration_simvq import VQRAEConfig
+from decoding_simvq import sincos_positions
 from eval.files import write_folder_whole
 from image_processing_simvq import VQRAEImageProcessor
-from modeling_simvq import VQRAEModel, sincos_positions
+from modeling_simvq import VQRAEModel
 from reading.images import decode_image
 from reading.sources import find_images
 

@@ -266,7 +266,7 @@ def test_a_device_without_float64_is_not_asked_for_it(monkeypatch):
     assert torch.equal(found.as_subclass(torch.Tensor), expected)
     centroids = q.kmeans(z.as_subclass(NoFloat64), 20, 3, torch.Generator().manual_seed(0))
     assert torch.equal(centroids.as_subclass(torch.Tensor), q.kmeans(z, 20, 3, torch.Generator().manual_seed(0)))
-    assert q._float64_device(torch.device("cuda")).type == "cuda"
+    assert q.float64_device(torch.device("cuda")).type == "cuda"
 
 
 def test_latents_that_are_not_finite_get_a_code_and_are_counted(tiny_model, pixels, monkeypatch):

@@ -6,8 +6,9 @@ from PIL import Image
 from transformers import AutoConfig, AutoModel
 
 from configuration_simvq import VQRAEConfig
+from decoding_simvq import sincos_positions
 from image_processing_simvq import VQRAEImageProcessor
-from modeling_simvq import VQRAEModel, sincos_positions
+from modeling_simvq import VQRAEModel
 from quantization_simvq import VectorQuantizer
 
 

@@ -30,7 +30,7 @@ _TILE_SCORES_ACCELERATOR = 8 * 2048 * 512
 _NO_FLOAT64 = ("mps",)  # types of devices without it
 
 
-def _float64_device(device: torch.device) -> torch.device:
+def float64_device(device: torch.device) -> torch.device:
     """Where float64 arithmetic on tensors of a device is done: there, or on the CPU if it has none."""
     return torch.device("cpu") if device.type in _NO_FLOAT64 else device
 
@@ -106,7 +106,7 @@ def _decide_in_float64(
 ) -> torch.Tensor:
     """The search of `nearest_codes` for a few tokens, in float64, among the codes whose fp32 score is at most
     `threshold` (tokens,)."""
-    device = _float64_device(z.device)
+    device = float64_device(z.device)
     exact_z = z.to(device).double()
     best = torch.full((z.shape[0],), math.inf, dtype=torch.float64, device=device)
     indices = torch.zeros(z.shape[0], dtype=torch.int64, device=device)
@@ -158,7 +158,7 @@ def kmeans(samples: torch.Tensor, num_clusters: int, iterations: int, generator:
     Returns:
         (num_clusters, dim), float32, each the mean of the samples nearest to its predecessor.
     """
-    device = _float64_device(samples.device)
+    device = float64_device(samples.device)
     order = torch.randperm(len(samples), generator=generator)[:num_clusters].to(samples.device)
     centroids = samples[order]
     for _ in logging.tqdm(range(iterations), desc=f"k-means, {num_clusters:,} codes of {len(samples):,} latents"):
@@ -523,7 +523,7 @@ class SimVQ(VectorQuantizer):
         with torch.autocast(device_type=samples.device.type, enabled=False):
             samples = samples.float()
             centroids = kmeans(samples, self.num_embeddings, iterations, torch.Generator().manual_seed(seed))
-            mean, device = samples.mean(0), _float64_device(samples.device)
+            mean, device = samples.mean(0), float64_device(samples.device)
             covariance = sum(
                 ((part - mean).T @ (part - mean)).to(device).double() for part in samples.split(_TILE_TOKENS)
             )
