@@ -110,7 +110,7 @@ def test_pictures_go_to_tensorboard(tmp_path, image_folder, monkeypatch):
             sent.append((name, image.shape, step, dataformats))
 
     trainer = make_trainer(VQRAEModel(tiny_config()), image_folder, tmp_path)
-    monkeypatch.setattr("training.trainer.TensorBoardCallback", Board)
+    monkeypatch.setattr("training.monitoring.TensorBoardCallback", Board)
     trainer.add_callback(Board())
     trainer.callback_handler.callbacks[-1].tb_writer = Writer()
     trainer.evaluate()
