@@ -55,6 +55,22 @@ class EvaluationMetrics:
         return metrics
 
 
+class MeanTerms:
+    """Means of numbers by name: a sum of each on its device, and how many there were."""
+
+    def __init__(self) -> None:
+        self._sums, self._counts = {}, {}
+
+    def add(self, terms: dict[str, torch.Tensor]) -> None:
+        """Scalars, which may be in a graph; every process adds those of the same names, in the same order."""
+        for name, term in terms.items():
+            self._sums[name] = self._sums.get(name, 0) + term.detach()
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def means(self) -> dict[str, torch.Tensor]:
+        return {name: total / self._counts[name] for name, total in self._sums.items()}
+
+
 class MonitoringTrainer(PushingTrainer):
     """Trainer's log and evaluation, with every term by name, the codebook over the latest tokens, and pictures.
 
@@ -66,21 +82,16 @@ class MonitoringTrainer(PushingTrainer):
         kwargs.setdefault("compute_metrics", EvaluationMetrics(model.config.codebook_size, args.num_pictures))
         super().__init__(model=model, args=args, **kwargs)
         self.train_transform = train_transform
-        self._terms = {}
+        self.terms = MeanTerms()
         self._window = CodebookWindow(model.config.codebook_size)
         self._collapse_reported = False
-        self._nonfinite_steps = 0
         self._last_log = None  # time and step
 
-    def _add_terms(self, terms: dict[str, torch.Tensor]) -> None:
-        for name, term in terms.items():
-            self._terms.setdefault(name, []).append(term.detach())
-
     def log(self, logs, start_time=None):
-        if "loss" in logs and self._terms:
-            for name, values in self._terms.items():
-                logs[name] = self.accelerator.reduce(torch.stack(values).mean(), reduction="mean").item()
-            self._terms = {}
+        if "loss" in logs and (terms := self.terms.means()):
+            means = self.accelerator.reduce(torch.stack(list(terms.values())), reduction="mean")
+            logs |= dict(zip(terms, means.tolist()))
+            self.terms = MeanTerms()
             for group in self.optimizer.param_groups:
                 logs[f"learning_rate_{group['name']}"] = group["lr"]
             if self.adversary:
@@ -97,8 +108,8 @@ class MonitoringTrainer(PushingTrainer):
             self._report_collapse(logs)
             if nonfinite := quantizer.get_num_nonfinite():
                 logs["nonfinite_latents"] = nonfinite
-            if self._nonfinite_steps:
-                logs["nonfinite_steps"] = self._nonfinite_steps
+            if self.nonfinite.count:
+                logs["nonfinite_steps"] = self.nonfinite.count
             if self.train_transform and (skipped := self.train_transform.count_skipped()):
                 logs["skipped_images"] = skipped
             quantizer.reset_codebook_usage()

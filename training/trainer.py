@@ -8,9 +8,10 @@ from pathlib import Path
 import datasets
 import torch
 import torch.nn.functional as F
+import transformers
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
 from training.adversary import Adversary
@@ -21,11 +22,28 @@ from training.data import TrainTransform
 from training.ema import EMA
 from training.losses import ReconstructionLoss, WithGradient, adaptive_weight
 from training.monitoring import MonitoringTrainer
-from training.sharding import local_part, prepare_for_fsdp, reshard
+from training.nonfinite import NonfiniteSteps
+from training.sharding import prepare_for_fsdp
 from training.token_passes import tokenize_crops
 
 
 logger = logging.get_logger(__name__)
+
+
+# of transformers' Trainer, which promises nothing about them: those that the classes here override or call
+PRIVATE_METHODS = (
+    "_finish_current_push",
+    "_get_output_dir",
+    "_load_best_model",
+    "_load_from_checkpoint",
+    "_load_optimizer_and_scheduler",
+    "_prepare_inputs",
+    "_push_from_checkpoint",
+    "_run_epoch",
+    "_save",
+    "_save_checkpoint",
+    "_save_optimizer_and_scheduler",
+)
 
 
 class EpochOfCrops(TrainerCallback):
@@ -68,6 +86,11 @@ class VQRAETrainer(MonitoringTrainer):
         provenance: Provenance | None = None,
         **kwargs,
     ) -> None:
+        if missing := [name for name in PRIVATE_METHODS if not hasattr(Trainer, name)]:
+            raise RuntimeError(
+                f"transformers {transformers.__version__} has no Trainer.{', Trainer.'.join(missing)}, on which this "
+                "trainer builds: install the version that it was written for, transformers 5.24."
+            )
         if args.n_gpu > 1:  # transformers would use DataParallel, whose replicas have no parameters
             raise ValueError(
                 f"{args.n_gpu} GPUs and one process: start with `accelerate launch train_hf.py ...` to use all, or "
@@ -99,9 +122,9 @@ class VQRAETrainer(MonitoringTrainer):
             args.ddp_find_unused_parameters = True  # the layers behind have no gradient
         if self.is_fsdp_enabled:
             prepare_for_fsdp(model, self.accelerator, args)
-        self._pairs_of_step = None  # pixels and reconstructions of a micro-batch
-        self._pixels_to_blame = None  # pixels of the first micro-batch that was not finite
-        self._step_is_finite, self._nonfinite_in_a_row = True, 0
+        self.nonfinite = NonfiniteSteps(self)
+        self.add_callback(self.nonfinite)
+        self._micro_batch = None  # what compute_loss was given, and its reconstructions
 
     def _check_token_passes(self) -> None:
         """Tokens that are computed once are those of every step only where nothing in front of them is trained. W and
@@ -258,90 +281,12 @@ class VQRAETrainer(MonitoringTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
-        finite = loss.isfinite().float()
-        if self._pixels_to_blame is None or not finite:
-            self._pixels_to_blame = self._pairs_of_step[0]
-        if self.accelerator.num_processes > 1:
-            finite = self.accelerator.reduce(finite, reduction="mean")
-        self._step_is_finite &= finite.item() == 1
-        if self._discriminator_learns() and self._step_is_finite:
-            self._add_terms(self.adversary.backward(*self._pairs_of_step, self.current_gradient_accumulation_steps))
-        self._pairs_of_step = None
+        (inputs, reconstruction), self._micro_batch = self._micro_batch, None
+        self.nonfinite.see(loss, inputs)
+        if self.adversary and self.adversary.learns(self.state.global_step):
+            accumulated = self.current_gradient_accumulation_steps
+            self.terms.add(self.adversary.backward(inputs["pixel_values"], reconstruction, accumulated))
         return loss
-
-    def _discriminator_learns(self) -> bool:
-        return bool(self.adversary) and self.state.global_step >= self.args.discriminator_start_step
-
-    def _clip_grad_norm(self, model):
-        """Trainer's, but a norm that is not finite leaves the gradients as they are, to find where it comes from."""
-        self.accelerator.unscale_gradients()
-        parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
-        value = norm.full_tensor() if isinstance(norm, DTensor) else norm  # the same on every process
-        if value.isfinite() and self.args.max_grad_norm > 0:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.args.max_grad_norm, norm)
-        return value
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        """Called before each step of the optimizer, when gradients have been summed over processes and clipped. A step
-        that is not finite, on any process and of either network, is skipped on all of them and for both networks."""
-        norm = self._clip_grad_norm(model) if grad_norm is None else grad_norm
-        finite = self._step_is_finite and math.isfinite(norm)
-        if self._discriminator_learns():
-            if finite:
-                discriminator_norm = self.adversary.clip()
-                finite = math.isfinite(discriminator_norm)
-            if finite:
-                self.adversary.step()
-                self._add_terms({"grad_norm_discriminator": discriminator_norm})
-            else:
-                self.adversary.discard()
-        self._step_is_finite = True
-        if finite:
-            self._nonfinite_in_a_row, self._pixels_to_blame = 0, None
-            return norm
-        self._nonfinite_steps += 1
-        self._nonfinite_in_a_row += 1
-        if self._nonfinite_in_a_row >= self.args.max_nonfinite_steps:
-            raise FloatingPointError(
-                f"{self._nonfinite_in_a_row} steps in a row were not finite, the last one is "
-                f"{self.state.global_step + 1}: {self._name_nonfinite()}. The weights are those from before; the last "
-                "checkpoint is intact. Try a lower learning rate, a longer warm-up, or bf16 in place of fp16."
-            )
-        self._pixels_to_blame = None
-        logger.warning(f"Step {self.state.global_step + 1} is skipped: its loss or gradient is not finite.")
-        if self.accelerator.scaler is None:  # which skips by itself
-            model.zero_grad(set_to_none=True)  # an optimizer passes over what has no gradient
-        return norm
-
-    def _name_nonfinite(self) -> str:
-        """The first module whose output is not finite on the images of this step; or, of the parameters whose gradient
-        is not, the one nearest to the pixels of the reconstruction."""
-        model = self.accelerator.unwrap_model(self.model)
-        found = []
-
-        def look(name):
-            def hook(module, inputs, output):
-                tensors = output if isinstance(output, (tuple, list)) else [output]
-                if not found and any(
-                    isinstance(t, torch.Tensor) and t.is_floating_point() and not t.isfinite().all() for t in tensors
-                ):
-                    found.append(f"the first output that is not finite is that of {name}")
-
-            return hook
-
-        hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
-        try:
-            with torch.no_grad():
-                model(self._pixels_to_blame, return_loss=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        reshard(model)
-        for name, parameter in reversed(list(model.named_parameters())):
-            if not found and parameter.grad is not None and not local_part(parameter.grad).isfinite().all():
-                found.append(f"outputs are finite, the gradient of {name} is not")
-        return found[0] if found else "outputs and gradients of this process are finite, its losses are not"
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         pixels = inputs["pixel_values"]
@@ -371,7 +316,7 @@ class VQRAETrainer(MonitoringTrainer):
             if self.args.gan_adaptive:
                 last_layer = self.accelerator.unwrap_model(model).last_layer
                 ratio = adaptive_weight(reconstruction, last_layer, direction, adversarial_direction)
-                self._add_terms({"adaptive_weight": ratio})
+                self.terms.add({"adaptive_weight": ratio})
                 weight = weight * ratio
             direction = direction + weight * adversarial_direction
             loss = loss + weight * adversarial.detach()
@@ -387,8 +332,8 @@ class VQRAETrainer(MonitoringTrainer):
                 target = self.teacher.get_image_features(pixels)
             terms["distillation"] = F.mse_loss(outputs.last_hidden_state.float(), target.float())
             loss = loss + self.args.distillation_weight * terms["distillation"]
-        self._add_terms({f"loss_{name}": term for name, term in terms.items()})
-        self._pairs_of_step = pixels, reconstruction.detach()
+        self.terms.add({f"loss_{name}": term for name, term in terms.items()})
+        self._micro_batch = inputs, reconstruction.detach()
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
