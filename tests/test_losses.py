@@ -316,12 +316,17 @@ def test_lecam_averages_follow_the_logits(tmp_path):
     adversary = Adversary(args)
     adversary.prepare(Accelerator(cpu=True))
     adversary.prepare_schedule(10)
-    terms = adversary.backward(torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32), 1)
+    expected = torch.zeros(2)
+    for _ in range(2):  # micro-batches
+        terms = adversary.backward(torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32), 2)
+        expected = 0.999 * expected + 0.001 * torch.stack([terms["logits_real"], terms["logits_fake"]])
     assert not adversary.pair.averages.any()
     adversary.step()
-    torch.testing.assert_close(
-        adversary.pair.averages, 0.001 * torch.stack([terms["logits_real"], terms["logits_fake"]])
-    )
+    torch.testing.assert_close(adversary.pair.averages, expected)
+    adversary.backward(torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32), 1)
+    adversary.discard()
+    adversary.step()
+    torch.testing.assert_close(adversary.pair.averages, expected)
 
 
 def test_convnext_loss_is_the_squared_error_of_logits_at_224_px(monkeypatch):

@@ -2,10 +2,12 @@ import ast
 import inspect
 import json
 import os
+import pickle
 import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ from reading.sources import find_images, load_images
 from training.arguments import VQRAETrainingArguments
 from training.data import EvalTransform, TrainTransform, collate, split_files, with_pixels
 from training.losses import PerceptualLoss, ReconstructionLoss
+from training.monitoring import EvaluationMetrics, MeanTerms
 from training.trainer import PRIVATE_METHODS, VQRAETrainer
 
 
@@ -125,6 +128,31 @@ def test_log_and_evaluation(tmp_path, image_folder):
     assert metrics["eval_codebook_perplexity"] == pytest.approx(entropy.exp().item())
     with Image.open(tmp_path / "reconstructions" / "step-0000002.png") as picture:
         assert picture.size == (8 * 34 + 2, 6 * 34 + 2)
+
+
+def test_what_is_kept_between_logs_and_in_an_evaluation_does_not_grow():
+    def size(holder):
+        return len(pickle.dumps(vars(holder)))
+
+    torch.manual_seed(0)
+    terms, values = MeanTerms(), torch.rand(1000, 2)
+    metrics, images = EvaluationMetrics(64, num_pictures=0), torch.rand(40, 2, 3, 16, 16)
+    for step, (l1, l2) in enumerate(values):
+        terms.add({"l1": l1, "l2": l2})
+        if step < 40:
+            batch = SimpleNamespace(
+                predictions=(images[step], torch.zeros(2, 2, 2).long()), label_ids=images[step].flip(0)
+            )
+            result = metrics(batch, compute_result=step == 39)
+        if step == 10:
+            early = size(terms), size(metrics)
+        if step == 38:
+            assert size(metrics) < 1.1 * early[1]
+    assert size(terms) < 1.1 * early[0]
+    torch.testing.assert_close(torch.stack(list(terms.means().values())), values.mean(0))
+    rounded = (images * 255).round() / 255
+    psnr = -10 * (rounded - rounded.flip(1)).square().mean((2, 3, 4)).log10().mean()
+    assert result["psnr"] == pytest.approx(psnr.item(), abs=1e-4) and result["codebook_tokens"] == 80 * 4
 
 
 class Board(TrainerCallback):

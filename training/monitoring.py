@@ -34,7 +34,7 @@ class EvaluationMetrics:
 
     def _reset(self) -> None:
         # Trainer hands every process the gathered batches: nothing to sum across processes
-        self._scores, self._counts, self._pairs = {"psnr": [], "ssim": []}, 0, []
+        self._sums, self._images, self._counts, self._pairs = {"psnr": 0.0, "ssim": 0.0}, 0, 0, []
 
     def __call__(self, prediction, compute_result: bool = False) -> dict[str, float]:
         reconstructions, tokens = (torch.as_tensor(x).cpu() for x in prediction.predictions)
@@ -43,12 +43,13 @@ class EvaluationMetrics:
         if missing > 0:
             self._pairs.append((originals[:missing], reconstructions[:missing]))
         fake, real = to_uint8(reconstructions) / 255, to_uint8(originals) / 255
-        self._scores["psnr"].append(psnr_per_image(fake, real))
-        self._scores["ssim"].append(ssim_per_image(fake, real))
+        self._sums["psnr"] += psnr_per_image(fake, real).double().sum().item()
+        self._sums["ssim"] += ssim_per_image(fake, real).double().sum().item()
+        self._images += len(real)
         self._counts = self._counts + count_codes(tokens, self.codebook_size)
         if not compute_result:
             return {}
-        metrics = {name: torch.cat(values).mean().item() for name, values in self._scores.items()}
+        metrics = {name: total / self._images for name, total in self._sums.items()}
         metrics |= codebook_statistics(self._counts)
         self.pictures = tuple(torch.cat(images) for images in zip(*self._pairs))
         self._reset()
