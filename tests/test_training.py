@@ -38,7 +38,7 @@ def training_arguments(output_dir, **overrides):
     return VQRAETrainingArguments(str(output_dir), **{**defaults, "report_to": "none", **overrides})
 
 
-def make_trainer(model, folder, output_dir, **overrides):
+def make_trainer(model, folder, output_dir, optimizers=(None, None), **overrides):
     data = load_images(str(folder))
     processor = VQRAEImageProcessor.for_image_size(32)
     transform = TrainTransform(32, 0.5)
@@ -50,6 +50,7 @@ def make_trainer(model, folder, output_dir, **overrides):
         eval_dataset=with_pixels(data, EvalTransform(processor)),
         data_collator=collate,
         processing_class=processor,
+        optimizers=optimizers,
     )
 
 
@@ -172,6 +173,20 @@ def test_pictures_go_to_tensorboard(tmp_path, image_folder, monkeypatch):
     trainer.callback_handler.callbacks[-1].tb_writer = Writer()
     trainer.evaluate()
     assert sent == [("reconstructions", (4 * 34 + 2, 8 * 34 + 2, 3), 0, "HWC")]
+
+
+def test_an_optimizer_of_ones_own(tmp_path, image_folder):
+    """Its groups have no names to log their learning rates by, unless it gives them some."""
+    model = VQRAEModel(tiny_config())
+    projection, rest = model.quantizer.embedding_proj.parameters(), model.decoder.parameters()
+    optimizer = torch.optim.SGD([{"params": projection, "lr": 0.1, "name": "projection"}, {"params": rest}], lr=0.2)
+    trainer = make_trainer(model, image_folder, tmp_path, optimizers=(optimizer, None))
+    before = model.decoder.decoder_pred.weight.clone()
+    trainer.train()
+    assert not torch.equal(before, model.decoder.decoder_pred.weight)
+    log = trainer.state.log_history[0]
+    rates = {name: value for name, value in log.items() if name.startswith("learning_rate_")}
+    assert rates == {"learning_rate_projection": pytest.approx(0.05)}  # after one of two steps
 
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.5])

@@ -94,7 +94,8 @@ class MonitoringTrainer(PushingTrainer):
             logs |= dict(zip(terms, means.tolist()))
             self.terms = MeanTerms()
             for group in self.optimizer.param_groups:
-                logs[f"learning_rate_{group['name']}"] = group["lr"]
+                if "name" in group:  # not those of an optimizer that was given
+                    logs[f"learning_rate_{group['name']}"] = group["lr"]
             if self.adversary:
                 logs["learning_rate_discriminator"] = self.adversary.optimizer.param_groups[0]["lr"]
             now, step = time.time(), self.state.global_step
