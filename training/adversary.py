@@ -43,7 +43,7 @@ class Adversary:
     def __init__(self, args) -> None:
         self.args = args
         if args.discriminator == "dino":
-            discriminator = DinoDiscriminator(args.discriminator_name_or_path)
+            discriminator = DinoDiscriminator(args.discriminator_name_or_path, token=args.hub_token)
         else:
             discriminator = PatchDiscriminator()
         self.pair = _Pair(discriminator).to(args.device)

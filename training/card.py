@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 
 from eval.files import write_whole
 from eval.results import weights_file_hash
+from training.options import is_secret
 
 
 RECIPE = "training_recipe.json"
@@ -71,6 +71,7 @@ class Provenance:
         recipe: all options that were given, by name.
         license: of the resulting weights, as the hub writes it ("apache-2.0"); of the parent, where not given.
         notes: Markdown for the card, `--card_notes`.
+        hub: `revision` and `token` with which `encoder` or `parent` is read from the hub. Never written anywhere.
     """
 
     encoder: str | None = None
@@ -80,6 +81,7 @@ class Provenance:
     recipe: dict = field(default_factory=dict)
     license: str | None = None
     notes: str | None = None
+    hub: dict = field(default_factory=dict, repr=False)
 
 
 def model_card(name: str, trainer, provenance: Provenance) -> ModelCard:
@@ -91,8 +93,8 @@ def model_card(name: str, trainer, provenance: Provenance) -> ModelCard:
         provenance: see [`Provenance`].
     """
     config = trainer.accelerator.unwrap_model(trainer.model).config
-    parent = _metadata(provenance.parent)
-    encoder_license = (_metadata(provenance.encoder) or {}).get("license")
+    parent = _metadata(provenance.parent, provenance.hub)
+    encoder_license = _metadata(provenance.encoder, provenance.hub).get("license")
     simvq = "[SimVQ](https://huggingface.co/papers/2411.02038)"
     if config.model_type == "vqrae":
         vision = config.encoder_config
@@ -166,23 +168,22 @@ def write_recipe(provenance: Provenance, folder: str | Path) -> list[str]:
 
 
 def _recipe(provenance: Provenance) -> str:
-    secret = ("token", "password")
     known = {
-        name: _shown(x) if isinstance(x, str) else x
-        for name, x in provenance.recipe.items()
-        if not any(word in name for word in secret)
+        name: _shown(x) if isinstance(x, str) else x for name, x in provenance.recipe.items() if not is_secret(name)
     }
     return json.dumps(known, indent=2, sort_keys=True) + "\n"
 
 
-def _metadata(name_or_path: str | None) -> dict:
+def _metadata(name_or_path: str | None, hub: dict) -> dict:
     """Of a model's card, where there is one to be had."""
     if name_or_path is None:
         return {}
     try:
-        local = Path(name_or_path, "README.md")
-        return ModelCard.load(local if Path(name_or_path).is_dir() else name_or_path).data.to_dict()
-    except (OSError, ValueError, HfHubHTTPError):  # no card, no network
+        card = Path(name_or_path, "README.md")
+        if not Path(name_or_path).is_dir():
+            card = hf_hub_download(name_or_path, "README.md", **hub)
+        return ModelCard.load(card).data.to_dict()
+    except (OSError, ValueError):  # no card, no network
         return {}
 
 

@@ -21,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from training.adversary import Adversary
 from training.ema import EMA, load_raw
+from training.hub import checked_state
 from training.sharding import load_whole, rename_sharded
 
 
@@ -61,7 +62,8 @@ class CheckpointingTrainer(Trainer):
         that there is none.
 
         Raises:
-            ValueError: the checkpoint has no state of the optimizer, or one of another kind of run.
+            ValueError: the checkpoint has no state of the optimizer, or one of another kind of run; or its steps are no
+                numbers.
         """
         checkpoint = resume_from_checkpoint
         if checkpoint is True:
@@ -76,6 +78,8 @@ class CheckpointingTrainer(Trainer):
                 f"{checkpoint} has no {optimizer} (was it saved with --save_only_model, or {other} FSDP?): this run "
                 "cannot be resumed from it. Start a new one with --model_name_or_path and another --output_dir."
             )
+        if os.path.isfile(state := os.path.join(checkpoint, TRAINER_STATE_NAME)):
+            checked_state(Path(state), checkpoint)
         return checkpoint
 
     def _save_checkpoint(self, model, trial):
