@@ -156,6 +156,20 @@ def test_what_is_kept_between_logs_and_in_an_evaluation_does_not_grow():
     assert result["psnr"] == pytest.approx(psnr.item(), abs=1e-4) and result["codebook_tokens"] == 80 * 4
 
 
+def test_what_k_means_costs_is_told_before_it_starts(tmp_path, image_folder, capsys):
+    model = VQRAEModel(tiny_config(codebook_init="kmeans"))
+    told = []
+    model.initialize_codebook = lambda *args, **kwargs: told.append(capsys.readouterr().out)
+    make_trainer(model, image_folder, tmp_path).initialize_codebook()
+    # 256 latents for each of 64 codes, 16 of an image; there are 12 images
+    assert "64 codes" in told[0] and "16,384 latents of 1,024 crops" in told[0] and "85.3 of each image" in told[0]
+
+
+def test_memory_is_pinned_for_gpus_alone(tmp_path, image_folder):
+    trainer = make_trainer(VQRAEModel(tiny_config()), image_folder, tmp_path)
+    assert not trainer.get_train_dataloader().pin_memory and not trainer.get_eval_dataloader().pin_memory
+
+
 class Board(TrainerCallback):
     """In place of TensorBoardCallback, which needs tensorboard."""
 

@@ -107,6 +107,8 @@ class VQRAETrainingArguments(TrainingArguments):
         super().__post_init__()
         self.remove_unused_columns = False  # pixels are made from the column `image` when an item is read
         self.label_names = ["pixel_values"]
+        if self.device.type == "cpu":  # nothing to copy to, and torch warns of each loader
+            self.dataloader_pin_memory = False
         self.batch_eval_metrics = True
         # every parameter gets a gradient, and every process has the same codebook: no need to look, nor to send it
         if self.ddp_find_unused_parameters is None:

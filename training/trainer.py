@@ -252,6 +252,16 @@ class VQRAETrainer(MonitoringTrainer):
         codes = model.config.codebook_size
         latents_per_code = max(32, min(256, 2**18 // codes))
         needed = math.ceil(latents_per_code * codes / self.accelerator.num_processes)
+        size = self.train_transform.image_size if self.train_transform else model.config.image_size
+        crops = math.ceil(needed / (size // model.config.decoder_patch_size) ** 2) * self.accelerator.num_processes
+        if self.is_world_process_zero():
+            known = isinstance(self.train_dataset, datasets.Dataset)
+            each = f", {crops / len(self.train_dataset):.1f} of each image" if known else ""
+            print(
+                f"k-means for {codes:,} codes: {latents_per_code * codes:,} latents of {crops:,} crops{each} are read "
+                "and encoded, and then clustered.",
+                flush=True,
+            )
         state = torch.random.get_rng_state()
         torch.default_generator.manual_seed(self.args.seed + self.accelerator.process_index)
         progress = tqdm(
