@@ -21,7 +21,10 @@ from safetensors.torch import load_file
 from test_loading import ROOT, run
 from transformers import AutoModel, ViTImageProcessor
 
+import convert.rae
+import convert.simvq_checkpoint
 import train_hf
+import training.card
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import VQRAEModel
 from training.card import Provenance, write_recipe
@@ -480,6 +483,11 @@ def test_the_card_tells_what_the_run_did_and_its_code_runs(hub, tmp_path, image_
     run(
         code + "\nassert image.size == (32, 32) and tokens.shape == (1, 4, 4)", tmp_path, HF_HOME=str(tmp_path / "home")
     )
+
+
+@pytest.mark.parametrize("card", [training.card.TEXT, convert.rae.CARD, convert.simvq_checkpoint.CARD])
+def test_every_card_shows_the_code_of_one_place(card):
+    assert "{usage}" in card and "```" not in card
 
 
 def test_a_recipe_lacks_secrets_and_nothing_else(tmp_path):

@@ -17,13 +17,7 @@ from training.options import is_secret
 
 RECIPE = "training_recipe.json"
 
-TEXT = """
-# {name}
-
-A discrete image tokenizer ({method}) for {size} px images: {encoder}, {codes:,} codes of width {width}, and a {decoder}
-decoder. One image of {size} px becomes {tokens} tokens.
-
-```python
+USAGE = """```python
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
@@ -37,7 +31,15 @@ with torch.no_grad():
     features = encoded.last_hidden_state  # continuous
     tokens = encoded.image_tokens  # (1, h, w), integers below {codes}
     image = processor.postprocess(model.decode(tokens).decoded_pixel_values)[0]  # PIL
-```
+```"""
+
+TEXT = """
+# {name}
+
+A discrete image tokenizer ({method}) for {size} px images: {encoder}, {codes:,} codes of width {width}, and a {decoder}
+decoder. One image of {size} px becomes {tokens} tokens.
+
+{usage}
 {picture}
 ## Weights
 
@@ -117,7 +119,7 @@ def model_card(name: str, trainer, provenance: Provenance) -> ModelCard:
     picture += f".\n\n![held-out images]({pictures[0].as_posix()})\n" if pictures else ""
     text = TEXT.format(
         name=name.split("/")[-1],
-        repository=name,
+        usage=usage(name, config),
         method=method,
         encoder=encoder,
         decoder=decoder,
@@ -134,6 +136,16 @@ def model_card(name: str, trainer, provenance: Provenance) -> ModelCard:
         licences=_licences(data.license, provenance, encoder_license),
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
+
+
+def usage(name: str, config) -> str:
+    """The code that every card shows: images to features and tokens, and back.
+
+    Args:
+        name: a folder or a hub repository.
+        config: of the model.
+    """
+    return USAGE.format(repository=name, codes=config.codebook_size)
 
 
 def write_card(name: str, trainer, provenance: Provenance, folder: str | Path) -> None:
