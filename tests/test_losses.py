@@ -348,7 +348,7 @@ def test_missing_perceptual_weights(monkeypatch, tmp_path, image_folder):
     def refuse(**kwargs):
         raise OSError("no network")
 
-    monkeypatch.setattr("training.losses.LearnedPerceptualImagePatchSimilarity", refuse)
+    monkeypatch.setattr("eval.lpips.lpips.LearnedPerceptualImagePatchSimilarity", refuse)
     with pytest.raises(RuntimeError, match="--perceptual_optional"):
         PerceptualLoss("vgg")
     model = VQRAEModel(tiny_config())
@@ -365,7 +365,7 @@ def test_missing_perceptual_weights(monkeypatch, tmp_path, image_folder):
         seen.extend(file.name for file in (Path(torch.hub.get_dir()) / "checkpoints").iterdir())
         raise OSError("seen")
 
-    monkeypatch.setattr("training.losses.LearnedPerceptualImagePatchSimilarity", look)
+    monkeypatch.setattr("eval.lpips.lpips.LearnedPerceptualImagePatchSimilarity", look)
     with pytest.raises(RuntimeError):
         PerceptualLoss("vgg", str(tmp_path / "weights"))
     assert seen == ["vgg16.pth"] and torch.hub.get_dir() == cache
