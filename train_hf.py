@@ -156,7 +156,7 @@ class DataArguments:
 
 
 def load_model(args: ModelArguments, hub: dict) -> ImageTokenizer:
-    """The model to train; `hub` holds `revision` and `token`."""
+    """The model to train; `hub` holds the `revision` and `token` that were given."""
     config = dict(args.model_config or {})
     if args.image_size is not None:
         config["image_size"] = args.image_size
@@ -242,7 +242,7 @@ def main() -> None:
         training_args.accelerator_config.dispatch_batches = False
     set_seed(training_args.seed)
 
-    hub = {"revision": model_args.revision, "token": token}
+    hub = {name: value for name, value in (("revision", model_args.revision), ("token", token)) if value}
     with ends_in_one_line(ValueError, ImportError):
         model = load_model(model_args, hub)
     refuse_without_effect(given, by_flags, rules_of_encoder(model.config.freeze_encoder))

@@ -89,10 +89,14 @@ class Adversary:
         return step >= self.args.discriminator_start_step
 
     def generator_loss(self, fake: torch.Tensor) -> torch.Tensor:
-        """The generator's term for (B, 3, H, W) reconstructions; only they get a gradient."""
+        """The generator's term for (B, 3, H, W) reconstructions; only they get a gradient. Under --bf16 the
+        discriminator runs in bf16, as where it learns."""
         self.pair.requires_grad_(False)
         self.pair.eval()  # spectral norms as they are
-        loss = self.generator_criterion(self.pair.discriminator(self._augmented(fake)))
+        fake = self._augmented(fake)
+        with self.accelerator.autocast():
+            logits = self.pair.discriminator(fake)
+        loss = self.generator_criterion(logits.float())
         for parameter in self._trainable():
             parameter.requires_grad_(True)
         return loss

@@ -93,6 +93,10 @@ class ConvNextLoss(nn.Module):
 class ReconstructionLoss(nn.Module):
     """Weighted sum of pixel and perceptual losses, and its terms by name (unweighted). A weight of 0 leaves a term out.
 
+    Always in fp32, whatever autocast is on: the gradient at the pixels comes from small differences of features, and a
+    quarter to two fifths of it would be bf16's rounding (`benchmarks/loss_precision.py`). TiTok does so too
+    (modeling/modules/losses.py); RAE and LlamaGen run these networks under autocast.
+
     Args:
         l1_weight, l2_weight: mean absolute and mean squared error over all pixels.
         lpips_weight, lpips_network: see [`PerceptualLoss`].
@@ -119,7 +123,9 @@ class ReconstructionLoss(nn.Module):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """(B, 3, H, W) each -> the weighted sum and the terms."""
         losses = {"l1": F.l1_loss, "l2": F.mse_loss, "lpips": self.lpips, "convnext": self.convnext}
-        terms = {name: losses[name](reconstruction, original) for name, weight in self.weights.items() if weight}
+        images = reconstruction.float(), original.float()
+        with torch.autocast(reconstruction.device.type, enabled=False):
+            terms = {name: losses[name](*images) for name, weight in self.weights.items() if weight}
         return sum(self.weights[name] * term for name, term in terms.items()), terms
 
 
