@@ -14,27 +14,33 @@ tensorboard, --resume_from_checkpoint, --push_to_hub, ...; `accelerate launch tr
 """
 
 import json
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import IterableDataset
-from transformers import HfArgumentParser, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import set_seed
 
 from configuration_simvq import VQRAEConfig
+from eval.commands import ends_in_one_line
 from eval.files import write_whole
 from modeling_simvq import ImageTokenizer, VQRAEModel
-from reading.models import load_pretrained, load_processor
+from reading.models import check_fields, load_pretrained, load_processor
 from reading.sources import dataset_of_files, find_images, load_images
 from training.arguments import VQRAETrainingArguments
 from training.card import Provenance, write_recipe
 from training.data import EvalTransform, TrainTransform, collate, readable_images, split_files, with_pixels
-from training.hub import download_checkpoint
+from training.hub import find_checkpoint, on_main_process
+from training.options import (
+    parse,
+    refuse_without_effect,
+    rules_of_data,
+    rules_of_encoder,
+    rules_of_model,
+    rules_of_training,
+)
 from training.report import write_report
 from training.trainer import VQRAETrainer
 
@@ -74,6 +80,20 @@ class ModelArguments:
     image_size: int | None = field(
         default=None, metadata={"help": "Side of the images in pixels (default: what the encoder or config says)."}
     )
+    revision: str | None = field(
+        default=None,
+        metadata={
+            "help": "Branch, tag or commit of --encoder_name_or_path or --model_name_or_path on the hub. For datasets: "
+            "--dataset_revision; for a checkpoint: --resume_from_checkpoint org/name@revision."
+        },
+    )
+    token: str | None = field(
+        default=None,
+        metadata={
+            "help": "Token for all that is read from the hub, and for pushes without --hub_token. Default: that of `hf "
+            "auth login`."
+        },
+    )
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager or flash_attention_2."})
     license: str | None = field(
         default=None,
@@ -88,7 +108,10 @@ class ModelArguments:
 
     def __post_init__(self):
         if isinstance(self.model_config, str):
-            self.model_config = json.loads(self.model_config)
+            try:
+                self.model_config = json.loads(self.model_config)
+            except ValueError as error:
+                raise ValueError(f"model_config must be JSON, got {self.model_config}: {error}") from error
         if self.encoder_name_or_path and self.model_name_or_path:
             raise ValueError("Pass --encoder_name_or_path or --model_name_or_path, not both.")
         if not (self.encoder_name_or_path or self.model_name_or_path or self.model_config):
@@ -113,6 +136,7 @@ class DataArguments:
         metadata={"help": "Files whose names agree up to it are split together, e.g. '-' for crops of one photograph."},
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a hub dataset."})
     train_split: str = field(default="train", metadata={"help": "Split of a hub dataset to train on."})
     eval_split: str = field(default="validation", metadata={"help": "Split of a hub dataset to evaluate on."})
     image_column: str = field(default="image", metadata={"help": "Column of a hub dataset with the images."})
@@ -131,7 +155,8 @@ class DataArguments:
             raise ValueError(f"min_crop_area must be in (0, 1], got {self.min_crop_area}.")
 
 
-def load_model(args: ModelArguments) -> ImageTokenizer:
+def load_model(args: ModelArguments, hub: dict) -> ImageTokenizer:
+    """The model to train; `hub` holds the `revision` and `token` that were given."""
     config = dict(args.model_config or {})
     if args.image_size is not None:
         config["image_size"] = args.image_size
@@ -140,22 +165,29 @@ def load_model(args: ModelArguments) -> ImageTokenizer:
     if not args.model_name_or_path and config.get("use_simvq", True):
         default = "gaussian" if config.get("codebook_dim") else "kmeans"
         config.setdefault("codebook_init", args.codebook_init or default)
-    if args.encoder_name_or_path:
-        print(f"Loading the encoder {args.encoder_name_or_path} (downloaded if it is on the hub and not cached).")
-        model = VQRAEModel.from_encoder_pretrained(args.encoder_name_or_path, **config)
-    elif args.model_name_or_path:
-        model = load_pretrained(args.model_name_or_path, config)
-    else:
-        model = VQRAEModel(VQRAEConfig(**config))
+    if not args.model_name_or_path:
+        check_fields(VQRAEConfig, config, "A new model")
+    name = args.encoder_name_or_path or args.model_name_or_path
+    try:
+        if args.encoder_name_or_path:
+            print(f"Loading the encoder {name} (downloaded if it is on the hub and not cached).")
+            model = VQRAEModel.from_encoder_pretrained(name, hub, **config)
+        elif args.model_name_or_path:
+            model = load_pretrained(name, config, hub)
+        else:
+            model = VQRAEModel(VQRAEConfig(**config))
+    except OSError as error:  # some of transformers' do not say what they are about
+        raise OSError(f"{name} cannot be loaded: {error}") from error
     if args.attn_implementation:
         model.set_attn_implementation(args.attn_implementation)
     return model
 
 
-def load_data(args: DataArguments, training_args: VQRAETrainingArguments, skipped_list: Path):
+def load_data(args: DataArguments, training_args: VQRAETrainingArguments, skipped_list: Path, token: str | None = None):
     """Training and held-out datasets with a column `image`. A held-out part of a folder is listed in a file; unreadable
     held-out images are left out, and listed in another."""
     hub = {"config_name": args.dataset_config_name, "image_column": args.image_column}
+    hub |= {"revision": args.dataset_revision, "token": token}
     listing = None
     if args.eval_data or not Path(args.train_data).exists():
         train = load_images(args.train_data, args.train_split, streaming=args.streaming, **hub)
@@ -190,13 +222,17 @@ def load_data(args: DataArguments, training_args: VQRAETrainingArguments, skippe
     return train, held_out
 
 
+@ends_in_one_line()
 def main() -> None:
     kinds = ModelArguments, DataArguments, VQRAETrainingArguments
-    parser = HfArgumentParser(kinds, description=__doc__, allow_abbrev=False)
-    arguments = sys.argv[1:]
-    if arguments and arguments[0].endswith((".json", ".yaml", ".yml")):
-        arguments = file_as_flags(arguments[0]) + arguments[1:]
-    model_args, data_args, training_args = parser.parse_args_into_dataclasses(arguments)
+    with ends_in_one_line(ValueError):  # transformers looks at options too
+        (model_args, data_args, training_args), given, by_flags = parse(kinds, sys.argv[1:], __doc__)
+    rules = [*rules_of_model(model_args), *rules_of_data(data_args), *rules_of_training(training_args)]
+    refuse_without_effect(given, by_flags, rules)
+    if data_args.streaming and training_args.max_steps <= 0:
+        raise ValueError("--streaming needs --max_steps: nobody knows how long a stream is.")
+    token = model_args.token or training_args.hub_token
+    training_args.hub_token = training_args.hub_token or token
     if model_args.stage == 2:  # VQRAE's
         if training_args.distillation_weight is None:
             training_args.distillation_weight = 1.0
@@ -206,24 +242,29 @@ def main() -> None:
         training_args.accelerator_config.dispatch_batches = False
     set_seed(training_args.seed)
 
-    model = load_model(model_args)
+    hub = {name: value for name, value in (("revision", model_args.revision), ("token", token)) if value}
+    with ends_in_one_line(ValueError, ImportError):
+        model = load_model(model_args, hub)
+    refuse_without_effect(given, by_flags, rules_of_encoder(model.config.freeze_encoder))
     if model_args.model_name_or_path and not model.config.freeze_encoder and not training_args.distillation_weight:
         print(
             f"Warning: the encoder of {model_args.model_name_or_path} is trained, and nothing ties it to what it was: "
             "its codes and features can be lost in a few steps. --stage 1 freezes it, --stage 2 adds distillation."
         )
     size = model.config.image_size
-    processor = load_processor(model_args.model_name_or_path, size)
+    processor = load_processor(model_args.model_name_or_path, size, hub)
     skipped_list = Path(training_args.output_dir) / "skipped_images.txt"
-    train, held_out = load_data(data_args, training_args, skipped_list)
+    with ends_in_one_line(ValueError):
+        train, held_out = load_data(data_args, training_args, skipped_list, token)
     provenance = Provenance(
         encoder=model_args.encoder_name_or_path,
         parent=model_args.model_name_or_path,
         train_data=data_args.train_data,
         num_train_images=None if isinstance(train, IterableDataset) else len(train),
-        recipe=given_options(arguments, model_args, data_args, training_args),
+        recipe=given,
         license=model_args.license,
         notes=Path(model_args.card_notes).read_text() if model_args.card_notes else None,
+        hub=hub,
     )
     transform = TrainTransform(size, data_args.min_crop_area, training_args.seed, skipped_list)
     trainer = VQRAETrainer(
@@ -236,16 +277,9 @@ def main() -> None:
         data_collator=collate,
         processing_class=processor,
     )
-    checkpoint = training_args.resume_from_checkpoint
-    if checkpoint is None or not os.path.isdir(checkpoint):  # a run that began with one of the hub goes on with its own
-        last = get_last_checkpoint(training_args.output_dir) if os.path.isdir(training_args.output_dir) else None
-        if last:
-            checkpoint = last
-            print(f"Resuming from {checkpoint}; remove it, or choose another --output_dir, to start anew.")
-        elif checkpoint:
-            if training_args.process_index == 0:
-                checkpoint = download_checkpoint(checkpoint, training_args.output_dir, training_args.hub_token)
-            checkpoint = broadcast_object_list([checkpoint])[0]
+    checkpoint = on_main_process(
+        lambda: find_checkpoint(training_args.resume_from_checkpoint, training_args.output_dir, token)
+    )
     if trainer.is_world_process_zero():
         if checkpoint is None and (Path(training_args.output_dir) / "model.safetensors").exists():
             print(f"{training_args.output_dir} has a model and no checkpoint: training anew, the model is replaced.")
@@ -271,28 +305,6 @@ def main() -> None:
         if count := transform.count_skipped():
             print(f"{count} images could not be read: {skipped_list}")
     PartialState().destroy_process_group()  # threads of the backend may abort a process that ends before they do
-
-
-def given_options(arguments: list[str], *dataclasses) -> dict:
-    """The options that were given, by name, as JSON holds them."""
-    flags = [argument.removeprefix("--").split("=")[0] for argument in arguments if argument.startswith("--")]
-    given = {flag.replace("-", "_") for flag in flags}
-    values = {name: value for options in dataclasses for name, value in vars(options).items() if name in given}
-    return json.loads(json.dumps(values, default=str))
-
-
-def file_as_flags(path: str) -> list[str]:
-    """The options of a JSON or YAML file as flags, so that flags behind the file's name override them. Names that begin
-    with an underscore are remarks."""
-    flags = []
-    for name, value in yaml.safe_load(Path(path).read_text()).items():  # JSON is YAML
-        if name.startswith("_"):  # a remark
-            continue
-        if isinstance(value, list):
-            flags += [f"--{name}", *map(str, value)]
-        elif value is not None:
-            flags += [f"--{name}", json.dumps(value) if isinstance(value, (dict, bool)) else str(value)]
-    return flags
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import VQRAEModel
 from reading.images import decode_image
 from reading.sources import find_images
+from training.card import usage
 
 
 # The names of our decoder's modules, as RAE and diffusers call them; all others are the same.
@@ -446,12 +447,7 @@ A discrete image tokenizer ([VQRAE](https://huggingface.co/papers/2511.23386) wi
 [RAE](https://huggingface.co/papers/2510.11690) `{source}`: encoder ({encoder}) and decoder are its own, the
 {codes:,} codes of width {width} are new.
 
-```python
-from transformers import AutoImageProcessor, AutoModel
-
-model = AutoModel.from_pretrained("{name}", trust_remote_code=True).eval()
-processor = AutoImageProcessor.from_pretrained("{name}", trust_remote_code=True)
-```
+{usage}
 
 {state} Nothing was trained.
 """
@@ -477,6 +473,7 @@ def model_card(model: VQRAEModel, name: str, source: str) -> str:
     )
     text = CARD.format(
         name=name,
+        usage=usage(name, config),
         size=config.image_size,
         source=source,
         encoder=f"{config.encoder_config.model_type}, width {config.encoder_config.hidden_size}",

@@ -34,6 +34,7 @@ from configuration_simvq_gan import SimVQGANConfig
 from eval.files import sha256_of_files, write_folder_whole
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq_gan import SimVQGANModel
+from training.card import usage
 
 
 MODEL, QUANTIZER = "taming.models.vq.VQModel", "taming.modules.vqvae.quantize.SimVQ"
@@ -64,12 +65,7 @@ CARD = """
 The image tokenizer of [SimVQ](https://huggingface.co/papers/2411.02038) with {codes:,} codes of width {width}, for
 {size} px images: a convolutional encoder and decoder, one token for each {patch} x {patch} pixels.
 
-```python
-from transformers import AutoImageProcessor, AutoModel
-
-model = AutoModel.from_pretrained("{name}", trust_remote_code=True).eval()
-processor = AutoImageProcessor.from_pretrained("{name}", trust_remote_code=True)
-```
+{usage}
 
 ## Source
 
@@ -232,6 +228,7 @@ def model_card(config: SimVQGANConfig, name: str, checkpoint: Path, weights: str
     )
     text = CARD.format(
         name=name,
+        usage=usage(name, config),
         codes=config.codebook_size,
         width=config.latent_size,
         size=config.image_size,

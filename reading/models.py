@@ -15,36 +15,57 @@ from modeling_simvq_gan import SimVQGANModel
 MODELS = {model.config_class.model_type: model for model in (VQRAEModel, SimVQGANModel)}
 
 
-def load_pretrained(name_or_path: str, config: dict) -> ImageTokenizer:
+def check_fields(config_class: type[PreTrainedConfig], config: dict, whose: str) -> None:
+    """Transformers would keep a field that a configuration does not have, and nothing would read it.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if unknown := config.keys() - {known.name for known in fields(config_class)}:
+        raise ValueError(
+            f"{whose} has a {config_class.__name__}, which has no {', '.join(sorted(unknown))}: pass other fields as "
+            "--model_config, or {} for none of those that a recipe has."
+        )
+
+
+def load_pretrained(name_or_path: str, config: dict, hub_kwargs: dict | None = None) -> ImageTokenizer:
     """A trained tokenizer of either kind, with some fields of its configuration changed.
+
+    Args:
+        name_or_path: a folder or a hub repository.
+        config: the fields.
+        hub_kwargs: for the hub: `revision`, `token`, ...
 
     Raises:
         ValueError: another kind of model, or fields that its configuration does not have.
     """
-    model_type = PreTrainedConfig.get_config_dict(name_or_path)[0].get("model_type")
+    hub_kwargs = hub_kwargs or {}
+    model_type = PreTrainedConfig.get_config_dict(name_or_path, **hub_kwargs)[0].get("model_type")
     if model_type not in MODELS:
         raise ValueError(f"{name_or_path} is a model of type '{model_type}', expected one of {', '.join(MODELS)}.")
     config_class = MODELS[model_type].config_class
-    if unknown := config.keys() - {known.name for known in fields(config_class)}:
-        raise ValueError(
-            f"{name_or_path} has a {config_class.__name__}, which has no {', '.join(sorted(unknown))}: pass other "
-            "fields as --model_config, or {} for none of those that a recipe has."
-        )
+    check_fields(config_class, config, name_or_path)
     if "image_size" in config and model_type == VQRAEConfig.model_type:  # the encoder sees the grid that it gives
-        saved = VQRAEConfig.from_pretrained(name_or_path)
+        saved = VQRAEConfig.from_pretrained(name_or_path, **hub_kwargs)
         grid = config["image_size"] // config.get("decoder_patch_size", saved.decoder_patch_size)
         config = {"encoder_input_size": grid * saved.encoder_patch_size, **config}
-    model = MODELS[model_type].from_pretrained(name_or_path, dtype=torch.float32, **config)
+    model = MODELS[model_type].from_pretrained(name_or_path, dtype=torch.float32, **hub_kwargs, **config)
     model.config.validate_architecture()  # transformers does it when the model is saved
     return model
 
 
-def load_processor(name_or_path: str | None, size: int) -> VQRAEImageProcessor:
-    """The processor for images of `size` pixels. A model to go on with keeps the filter with which it resizes."""
+def load_processor(name_or_path: str | None, size: int, hub_kwargs: dict | None = None) -> VQRAEImageProcessor:
+    """The processor for images of `size` pixels. A model to go on with keeps the filter with which it resizes.
+
+    Args:
+        name_or_path: of that model, a folder or a hub repository; `None`: there is none.
+        size: of images, in pixels.
+        hub_kwargs: for the hub: `revision`, `token`, ...
+    """
     processor = VQRAEImageProcessor.for_image_size(size)
     if name_or_path:
         try:
-            processor.resample = VQRAEImageProcessor.from_pretrained(name_or_path).resample
+            processor.resample = VQRAEImageProcessor.from_pretrained(name_or_path, **(hub_kwargs or {})).resample
         except OSError:  # it was saved without a processor
             pass
     return processor

@@ -38,6 +38,8 @@ def load_images(
     config_name: str | None = None,
     image_column: str = "image",
     streaming: bool = False,
+    revision: str | None = None,
+    token: str | None = None,
 ) -> datasets.Dataset | datasets.IterableDataset:
     """A dataset whose column `image` holds encoded images for `decode_image`.
 
@@ -46,6 +48,8 @@ def load_images(
         split, config_name: of a hub dataset.
         image_column: the column of a hub dataset that holds the images.
         streaming: read a hub dataset as it is used, without downloading it first.
+        revision: branch, tag or commit of a hub dataset.
+        token: of the hub.
 
     Raises:
         ValueError: no images, or no such column.
@@ -54,7 +58,9 @@ def load_images(
         return dataset_of_files(find_images(name_or_path))
     if not streaming:
         print(f"Loading dataset {name_or_path}, split {split}: the first time, it is downloaded.", flush=True)
-    dataset = datasets.load_dataset(name_or_path, config_name, split=split, streaming=streaming)
+    dataset = datasets.load_dataset(
+        name_or_path, config_name, split=split, streaming=streaming, revision=revision, token=token
+    )
     if dataset.column_names and image_column not in dataset.column_names:
         raise ValueError(f"{name_or_path} has no column '{image_column}', only {dataset.column_names}.")
     dataset = dataset.select_columns([image_column])

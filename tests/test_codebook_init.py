@@ -203,7 +203,7 @@ def test_window_holds_at_least_64_tokens_per_code_and_less_than_twice_that_beyon
 
 def test_collapse_is_reported_once_with_its_likely_causes(tmp_path, image_folder, monkeypatch):
     messages = []
-    monkeypatch.setattr("training.trainer.logger.warning", messages.append)
+    monkeypatch.setattr("training.monitoring.logger.warning", messages.append)
     model = VQRAEModel(tiny_config(codebook_size=16))
     model.quantizer.embedding_proj.weight.data.zero_()  # one code for all
     trainer = make_trainer(model, image_folder, tmp_path, max_steps=6, warmup_steps=3, learning_rate=0.0)

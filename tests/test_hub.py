@@ -3,21 +3,31 @@ while they train and that are resumed from the hub, refusals, cards. And what th
 
 import ast
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 from conftest import encoder_config, tiny_config
-from hub import LocalHub
+from hub import TOKEN, LocalHub
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from test_loading import ROOT, run
+from transformers import AutoModel, ViTImageProcessor
 
+import convert.rae
+import convert.simvq_checkpoint
+import train_hf
+import training.card
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import VQRAEModel
+from training.card import Provenance, write_recipe
 from training.hub import export_checkpoint, import_checkpoint
 
 
@@ -240,6 +250,87 @@ def test_a_run_is_resumed_from_the_hub(hub, tmp_path, image_folder):
             train(hub, tmp_path, image_folder, "no", "--resume_from_checkpoint", name)
 
 
+DOWNLOAD = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from training.hub import find_checkpoint
+for name in sys.argv[3:]:
+    try:
+        print(name, "is", find_checkpoint(name, name.partition("/")[2], sys.argv[2] or None))
+    except ValueError as error:
+        print(name, "failed:", error)
+"""
+
+
+def test_steps_in_a_downloaded_state_are_numbers_and_its_path_is_forgotten(hub, tmp_path):
+    """Repositories with a last-checkpoint that has nothing but a state."""
+    states = {
+        "good": {"global_step": 3, "best_global_step": 2, "best_model_checkpoint": "/etc"},
+        "elsewhere": {"global_step": "../../elsewhere"},
+        "best": {"global_step": 3, "best_global_step": "../x"},
+        "negative": {"global_step": -1},
+        "none": {},
+    }
+    upload = ["from huggingface_hub import create_repo, upload_folder"]
+    for name, state in states.items():
+        (tmp_path / f"of-{name}" / "last-checkpoint").mkdir(parents=True)
+        (tmp_path / f"of-{name}" / "last-checkpoint" / "trainer_state.json").write_text(json.dumps(state))
+        upload.append(f"create_repo('user/{name}', private=True)")
+        upload.append(f"upload_folder(repo_id='user/{name}', folder_path='of-{name}')")
+    run(["-c", PUSH, str(ROOT), *upload], tmp_path, **hub.environment)
+    anonymous = hub.environment | {"HF_TOKEN": "", "HF_HOME": str(tmp_path / "cache")}
+    private = run(["-c", DOWNLOAD, str(ROOT), "", "user/good"], tmp_path, **anonymous)
+    assert "user/good failed" in private and "can be read" in private
+    found = run(["-c", DOWNLOAD, str(ROOT), TOKEN, *(f"user/{name}" for name in states)], tmp_path, **anonymous)
+    assert "user/good is good/checkpoint-3\n" in found
+    assert [path.name for path in (tmp_path / "good").iterdir()] == ["checkpoint-3"]
+    state = json.loads((tmp_path / "good" / "checkpoint-3" / "trainer_state.json").read_text())
+    assert state == {"global_step": 3, "best_global_step": 2, "best_model_checkpoint": None}
+    for name in states.keys() - {"good"}:
+        assert re.search(rf"user/{name} failed: user/{name}: .*trainer_state.json", found), found
+        assert not (tmp_path / name).exists()
+
+
+def test_one_process_looks_for_the_checkpoint_of_all(tmp_path):
+    """The other one gets there late, when the download is among the run's own checkpoints already. An error of the one
+    that looks is one of both."""
+    (tmp_path / "program.py").write_text(f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from accelerate import PartialState
+import training.hub
+from training.hub import find_checkpoint, on_main_process
+
+def download(name, output_dir, token):
+    if name == "user/nothing":
+        raise ValueError("no such repository")
+    os.makedirs("out/checkpoint-3")
+    return "out/checkpoint-3"
+
+training.hub.download_checkpoint = download
+state = PartialState(cpu=True)
+while not state.is_main_process and not os.path.exists("out/checkpoint-3"):
+    time.sleep(0.1)
+assert on_main_process(lambda: find_checkpoint("user/run", "out")) == "out/checkpoint-3"
+try:
+    on_main_process(lambda: find_checkpoint("user/nothing", "nowhere"))
+except (ValueError, RuntimeError) as error:
+    assert "no such repository" in str(error) and isinstance(error, ValueError) == state.is_main_process
+    print("together", flush=True)
+os._exit(0)
+""")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "program.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("together") == 2
+
+
 def test_states_survive_as_safetensors(tmp_path):
     import random
 
@@ -285,6 +376,65 @@ def test_states_survive_as_safetensors(tmp_path):
     assert optimizer.state_dict()["param_groups"] == again.state_dict()["param_groups"]
 
 
+@pytest.mark.parametrize("option", ["--model_name_or_path", "--encoder_name_or_path"])
+def test_revision_and_token_reach_the_hub_and_no_file(hub, tmp_path, image_folder, option):
+    """A private repository whose branch has other weights and another licence than its main; nobody is logged in."""
+    if option == "--encoder_name_or_path":
+        config = tiny_config("vit").encoder_config
+        first, second = (AutoModel.from_config(config) for _ in range(2))
+    else:
+        first, second = VQRAEModel(tiny_config()), VQRAEModel(tiny_config(codebook_size=512))
+    for model, name, licence in ((first, "first", "mit"), (second, "second", "cc-by-4.0")):
+        model.save_pretrained(tmp_path / name)
+        processor = ViTImageProcessor(size=32) if "encoder" in option else VQRAEImageProcessor.for_image_size(32)
+        processor.save_pretrained(tmp_path / name)
+        (tmp_path / name / "README.md").write_text(f"---\nlicense: {licence}\n---\n# {name}\n")
+    lines = [
+        "from huggingface_hub import create_branch, create_repo, upload_folder",
+        "create_repo('user/secret', private=True)",
+        "upload_folder(repo_id='user/secret', folder_path='first')", "create_branch('user/secret', branch='other')",
+        "upload_folder(repo_id='user/secret', folder_path='second', revision='other')",
+    ]  # fmt: skip
+    run(["-c", PUSH, str(ROOT), *lines], tmp_path, **hub.environment)
+    anonymous = hub.environment | {"HF_TOKEN": "", "HF_HOME": str(tmp_path / "home")}
+    run(
+        [
+            str(ROOT / "train_hf.py"), option, "user/secret", "--revision", "other", "--token", TOKEN, "--train_data",
+            str(image_folder), "--eval_data", str(image_folder), "--output_dir", "out", "--max_steps", "1",
+            "--per_device_train_batch_size", "4", "--lpips_weight", "0", "--report_to", "none", "--use_cpu",
+            *(["--model_config", '{"codebook_size": 64, "codebook_init": "gaussian"}'] if "encoder" in option else []),
+        ],
+        tmp_path,
+        **anonymous,
+    )  # fmt: skip
+    trained = load_file(tmp_path / "out" / "model.safetensors")
+    if option == "--encoder_name_or_path":
+        expected = load_file(tmp_path / "second" / "model.safetensors")
+        assert all(torch.equal(trained[f"encoder.{n}"], x) for n, x in expected.items() if f"encoder.{n}" in trained)
+        assert sum(name.startswith("encoder.") for name in trained) > 10
+        assert "`user/secret`: cc-by-4.0" in (tmp_path / "out" / "README.md").read_text()
+    else:
+        assert len(trained["quantizer.embedding.weight"]) == 512
+        assert ModelCard.load(tmp_path / "out" / "README.md").data.license == "cc-by-4.0"
+    files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
+    assert not [file for file in files if TOKEN.encode() in file.read_bytes()]
+
+
+def test_revision_and_token_reach_datasets(monkeypatch):
+    asked = []
+
+    def load_dataset(*args, **kwargs):
+        asked.append((args, kwargs))
+        return datasets.Dataset.from_dict({"image": []})
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    options = train_hf.DataArguments("org/images", dataset_revision="v2", dataset_config_name="full")
+    train_hf.load_data(options, SimpleNamespace(output_dir="nowhere"), Path("nowhere"), "secret")
+    assert [args for args, _ in asked] == [("org/images", "full")] * 2
+    assert all((kwargs["revision"], kwargs["token"]) == ("v2", "secret") for _, kwargs in asked)
+    assert [kwargs["split"] for _, kwargs in asked] == ["train", "validation"]
+
+
 # The card ------------------------------------------------------------------------------------------------------------
 
 
@@ -302,7 +452,7 @@ def test_the_card_tells_what_the_run_did_and_its_code_runs(hub, tmp_path, image_
         "--stage", "2", "--model_name_or_path", "parent", "--train_data", str(image_folder), "--eval_data",
         str(image_folder), "--output_dir", "child", "--max_steps", "3", "--eval_strategy", "steps", "--eval_steps", "3",
         "--logging_steps", "1", "--per_device_train_batch_size", "4", "--lpips_weight", "0", "--report_to", "none",
-        "--use_cpu", "--seed", "7", "--hub_token", "hf_secret", "--card_notes", "notes.md",
+        "--use_cpu", "--seed", "7", "--hub_token", "hf_secret", "--card_notes", "notes.md", "--token", "hf_other",
     ]  # fmt: skip
     run([str(ROOT / "train_hf.py"), *options], tmp_path, **hub.environment)
     card = ModelCard.load(tmp_path / "child" / "README.md")
@@ -324,7 +474,7 @@ def test_the_card_tells_what_the_run_did_and_its_code_runs(hub, tmp_path, image_
     assert "step 9" not in card.text  # numbers of other weights
     assert str(tmp_path) not in card.text and "GAN" not in card.text and "k-means" not in card.text
     recipe = (tmp_path / "child" / "training_recipe.json").read_text()
-    assert "hf_secret" not in recipe and str(tmp_path) not in recipe and json.loads(recipe)["seed"] == 7
+    assert "hf_" not in recipe and str(tmp_path) not in recipe and json.loads(recipe)["seed"] == 7
     import hashlib
 
     assert hashlib.sha256(recipe.encode()).hexdigest() in card.text
@@ -333,6 +483,18 @@ def test_the_card_tells_what_the_run_did_and_its_code_runs(hub, tmp_path, image_
     run(
         code + "\nassert image.size == (32, 32) and tokens.shape == (1, 4, 4)", tmp_path, HF_HOME=str(tmp_path / "home")
     )
+
+
+@pytest.mark.parametrize("card", [training.card.TEXT, convert.rae.CARD, convert.simvq_checkpoint.CARD])
+def test_every_card_shows_the_code_of_one_place(card):
+    assert "{usage}" in card and "```" not in card
+
+
+def test_a_recipe_lacks_secrets_and_nothing_else(tmp_path):
+    given = {"token": "a", "hub_token": "b", "some_password": "c", "token_passes": 2, "push_to_hub": True}
+    write_recipe(Provenance(recipe=given | {"include_num_input_tokens_seen": "no", "seed": 7}), tmp_path)
+    kept = {"token_passes": 2, "push_to_hub": True, "include_num_input_tokens_seen": "no", "seed": 7}
+    assert json.loads((tmp_path / "training_recipe.json").read_text()) == kept
 
 
 # What is trusted -----------------------------------------------------------------------------------------------------

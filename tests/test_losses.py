@@ -257,6 +257,30 @@ def test_the_loss_of_a_recipe_and_its_gradient(recipe, perceptual, tmp_path, ima
             torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-6, rtol=1e-3, msg=name)
 
 
+def test_under_bf16_perceptual_losses_are_fp32_and_the_discriminator_is_bf16_in_both_its_passes(
+    perceptual, tmp_path, image_folder, pixels
+):
+    """Also where a caller has autocast on; logits become fp32 before the losses of them."""
+    weights = {"lpips_weight": 1.0, "convnext_weight": 1.0, "gan_weight": 0.1}
+    trainer = make_trainer(VQRAEModel(tiny_config()), image_folder, tmp_path, bf16=True, max_steps=1, **weights)
+    seen = {}
+
+    def watch(name, module):
+        module.register_forward_hook(lambda module, inputs, output: seen.setdefault(name, []).append(output.dtype))
+
+    watch("lpips", trainer.reconstruction_loss.lpips.network)
+    watch("convnext", trainer.reconstruction_loss.convnext.network)
+    watch("discriminator", trainer.adversary.pair.discriminator.layers[0])
+    watch("decoder", trainer.model.decoder.decoder_layers[0].fc1)
+    trainer.train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        trainer.reconstruction_loss(pixels.bfloat16(), pixels)
+    dtypes = {name: set(found) for name, found in seen.items()}
+    bf16, fp32 = {torch.bfloat16}, {torch.float32}
+    assert dtypes == {"lpips": fp32, "convnext": fp32, "discriminator": bf16, "decoder": bf16}
+    assert len(seen["discriminator"]) == 3  # for the generator, then real and fake
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_who_gets_gradients_from_which_loss(stage, perceptual, tmp_path, image_folder, pixels):
     """Encoder: in stage 2 only. W and b: from the quantizer's loss only. Codebook, teacher, loss networks: never. The
@@ -316,12 +340,17 @@ def test_lecam_averages_follow_the_logits(tmp_path):
     adversary = Adversary(args)
     adversary.prepare(Accelerator(cpu=True))
     adversary.prepare_schedule(10)
-    terms = adversary.backward(torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32), 1)
+    expected = torch.zeros(2)
+    for _ in range(2):  # micro-batches
+        terms = adversary.backward(torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32), 2)
+        expected = 0.999 * expected + 0.001 * torch.stack([terms["logits_real"], terms["logits_fake"]])
     assert not adversary.pair.averages.any()
     adversary.step()
-    torch.testing.assert_close(
-        adversary.pair.averages, 0.001 * torch.stack([terms["logits_real"], terms["logits_fake"]])
-    )
+    torch.testing.assert_close(adversary.pair.averages, expected)
+    adversary.backward(torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32), 1)
+    adversary.discard()
+    adversary.step()
+    torch.testing.assert_close(adversary.pair.averages, expected)
 
 
 def test_convnext_loss_is_the_squared_error_of_logits_at_224_px(monkeypatch):
@@ -343,7 +372,7 @@ def test_missing_perceptual_weights(monkeypatch, tmp_path, image_folder):
     def refuse(**kwargs):
         raise OSError("no network")
 
-    monkeypatch.setattr("training.losses.LearnedPerceptualImagePatchSimilarity", refuse)
+    monkeypatch.setattr("eval.lpips.lpips.LearnedPerceptualImagePatchSimilarity", refuse)
     with pytest.raises(RuntimeError, match="--perceptual_optional"):
         PerceptualLoss("vgg")
     model = VQRAEModel(tiny_config())
@@ -360,7 +389,7 @@ def test_missing_perceptual_weights(monkeypatch, tmp_path, image_folder):
         seen.extend(file.name for file in (Path(torch.hub.get_dir()) / "checkpoints").iterdir())
         raise OSError("seen")
 
-    monkeypatch.setattr("training.losses.LearnedPerceptualImagePatchSimilarity", look)
+    monkeypatch.setattr("eval.lpips.lpips.LearnedPerceptualImagePatchSimilarity", look)
     with pytest.raises(RuntimeError):
         PerceptualLoss("vgg", str(tmp_path / "weights"))
     assert seen == ["vgg16.pth"] and torch.hub.get_dir() == cache

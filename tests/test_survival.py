@@ -256,6 +256,34 @@ def test_after_many_such_steps_the_run_stops_and_names_the_module(tmp_path, imag
         trainer.train()
 
 
+@pytest.mark.parametrize(
+    "spoil, where",
+    [
+        ("loss", "outputs are finite, loss_l2 is not"),
+        ("discriminator", "the gradient of the discriminator is not finite"),
+        ("length", "a second pass over its images was finite"),  # each number is finite, the norm of all is not
+    ],
+)
+def test_it_is_said_where_else_numbers_are_not_finite(tmp_path, image_folder, spoil, where):
+    model = VQRAEModel(tiny_config())
+    trainer = make_trainer(model, image_folder, tmp_path, max_nonfinite_steps=1, gan_weight=0.1)
+    if spoil == "loss":
+        mse = trainer.reconstruction_loss.forward
+        trainer.reconstruction_loss.forward = lambda x, y: [
+            mse(x, y)[0] * float("nan"),
+            {"l2": mse(x, y)[1]["l2"] * float("nan")},
+        ]
+    elif spoil == "discriminator":
+        weight = trainer.adversary.pair.discriminator.layers[0].weight
+        weight.register_hook(lambda gradient: gradient * float("nan"))
+    else:
+        model.decoder.decoder_pred.weight.register_hook(lambda gradient: torch.full_like(gradient, 1e25))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(FloatingPointError, match=where):
+        trainer.train()
+    assert_equal(before, model.state_dict())
+
+
 def test_processes_skip_together_and_end_with_equal_weights(tmp_path, image_folder):
     """2 gloo ranks with GAN, distillation, averages and accumulation; on one of them a batch is NaN. No flag for unused
     parameters, no buffers sent."""
@@ -279,6 +307,14 @@ trainer.train()
 logged = [entry.get("nonfinite_steps") for entry in trainer.state.log_history[:5]]
 assert logged == [None, 1, 1, 1, 1], logged
 torch.save({{"state": state_of(trainer), "metrics": trainer.evaluate()}}, f"{{rank}}.pt")
+trainer = make_trainer(model, {str(image_folder)!r}, "not_finite", max_nonfinite_steps=1)
+if rank == 1:
+    nan_at(trainer, {{2}})
+try:
+    trainer.train()
+except FloatingPointError as error:  # both say what one of them has found
+    assert str(error).count("is that of encoder.embeddings.patch_embeddings.projection (process 1)") == 1
+    print("found together", flush=True)
 model.quantizer.embedding.weight[0, 0] += rank
 try:
     trainer.train()
@@ -295,7 +331,7 @@ os._exit(0)  # gloo's threads may abort a process that ends before they do
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("codebooks compared") == 2
+    assert done.stdout.count("codebooks compared") == 2 and done.stdout.count("found together") == 2
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert_equal(first["state"], second["state"])
     # what both measured together is what one process measures

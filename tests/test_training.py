@@ -1,19 +1,24 @@
+import ast
+import inspect
 import json
 import os
+import pickle
 import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from conftest import encoder_config, tiny_config
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from test_loading import ROOT, run
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import VQRAEModel
@@ -23,7 +28,8 @@ from reading.sources import find_images, load_images
 from training.arguments import VQRAETrainingArguments
 from training.data import EvalTransform, TrainTransform, collate, split_files, with_pixels
 from training.losses import PerceptualLoss, ReconstructionLoss
-from training.trainer import VQRAETrainer
+from training.monitoring import EvaluationMetrics, MeanTerms
+from training.trainer import PRIVATE_METHODS, VQRAETrainer
 
 
 def training_arguments(output_dir, **overrides):
@@ -32,7 +38,7 @@ def training_arguments(output_dir, **overrides):
     return VQRAETrainingArguments(str(output_dir), **{**defaults, "report_to": "none", **overrides})
 
 
-def make_trainer(model, folder, output_dir, **overrides):
+def make_trainer(model, folder, output_dir, optimizers=(None, None), **overrides):
     data = load_images(str(folder))
     processor = VQRAEImageProcessor.for_image_size(32)
     transform = TrainTransform(32, 0.5)
@@ -44,6 +50,7 @@ def make_trainer(model, folder, output_dir, **overrides):
         eval_dataset=with_pixels(data, EvalTransform(processor)),
         data_collator=collate,
         processing_class=processor,
+        optimizers=optimizers,
     )
 
 
@@ -68,6 +75,32 @@ trainer.save_model("end")
         # one bias has no gradient: softmax does not see what is common to all keys
         if not name.endswith("k_proj.bias"):
             assert torch.equal(start[name], end[name]) == frozen, name
+
+
+def test_private_methods_of_trainer_are_those_that_are_listed():
+    """Overridden by a class of ours, or called, wherever in training/; the discriminator's steps hang on none."""
+    overridden = {
+        name
+        for owner in VQRAETrainer.__mro__[: VQRAETrainer.__mro__.index(Trainer)]
+        for name in vars(owner)
+        if inspect.isfunction(getattr(Trainer, name, None))
+    }
+    called = {
+        node.attr
+        for file in (ROOT / "training").glob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Attribute) and inspect.isfunction(getattr(Trainer, node.attr, None))
+    }
+    private = {name for name in overridden | called if name.startswith("_") and not name.startswith("__")}
+    assert private == set(PRIVATE_METHODS)
+    assert not private & {"_clip_grad_norm", "_get_grad_norm"}
+
+
+@pytest.mark.parametrize("name", ["_run_epoch", "_save_checkpoint"])
+def test_a_transformers_without_such_a_method_is_refused(tmp_path, image_folder, monkeypatch, name):
+    monkeypatch.delattr(Trainer, name)
+    with pytest.raises(RuntimeError, match=rf"transformers {transformers.__version__} has no Trainer\.{name}"):
+        make_trainer(VQRAEModel(tiny_config()), image_folder, tmp_path)
 
 
 def test_log_and_evaluation(tmp_path, image_folder):
@@ -98,6 +131,45 @@ def test_log_and_evaluation(tmp_path, image_folder):
         assert picture.size == (8 * 34 + 2, 6 * 34 + 2)
 
 
+def test_what_is_kept_between_logs_and_in_an_evaluation_does_not_grow():
+    def size(holder):
+        return len(pickle.dumps(vars(holder)))
+
+    torch.manual_seed(0)
+    terms, values = MeanTerms(), torch.rand(1000, 2)
+    metrics, images = EvaluationMetrics(64, num_pictures=0), torch.rand(40, 2, 3, 16, 16)
+    for step, (l1, l2) in enumerate(values):
+        terms.add({"l1": l1, "l2": l2})
+        if step < 40:
+            batch = SimpleNamespace(
+                predictions=(images[step], torch.zeros(2, 2, 2).long()), label_ids=images[step].flip(0)
+            )
+            result = metrics(batch, compute_result=step == 39)
+        if step == 10:
+            early = size(terms), size(metrics)
+        if step == 38:
+            assert size(metrics) < 1.1 * early[1]
+    assert size(terms) < 1.1 * early[0]
+    torch.testing.assert_close(torch.stack(list(terms.means().values())), values.mean(0))
+    rounded = (images * 255).round() / 255
+    psnr = -10 * (rounded - rounded.flip(1)).square().mean((2, 3, 4)).log10().mean()
+    assert result["psnr"] == pytest.approx(psnr.item(), abs=1e-4) and result["codebook_tokens"] == 80 * 4
+
+
+def test_what_k_means_costs_is_told_before_it_starts(tmp_path, image_folder, capsys):
+    model = VQRAEModel(tiny_config(codebook_init="kmeans"))
+    told = []
+    model.initialize_codebook = lambda *args, **kwargs: told.append(capsys.readouterr().out)
+    make_trainer(model, image_folder, tmp_path).initialize_codebook()
+    # 256 latents for each of 64 codes, 16 of an image; there are 12 images
+    assert "64 codes" in told[0] and "16,384 latents of 1,024 crops" in told[0] and "85.3 of each image" in told[0]
+
+
+def test_memory_is_pinned_for_gpus_alone(tmp_path, image_folder):
+    trainer = make_trainer(VQRAEModel(tiny_config()), image_folder, tmp_path)
+    assert not trainer.get_train_dataloader().pin_memory and not trainer.get_eval_dataloader().pin_memory
+
+
 class Board(TrainerCallback):
     """In place of TensorBoardCallback, which needs tensorboard."""
 
@@ -110,11 +182,25 @@ def test_pictures_go_to_tensorboard(tmp_path, image_folder, monkeypatch):
             sent.append((name, image.shape, step, dataformats))
 
     trainer = make_trainer(VQRAEModel(tiny_config()), image_folder, tmp_path)
-    monkeypatch.setattr("training.trainer.TensorBoardCallback", Board)
+    monkeypatch.setattr("training.monitoring.TensorBoardCallback", Board)
     trainer.add_callback(Board())
     trainer.callback_handler.callbacks[-1].tb_writer = Writer()
     trainer.evaluate()
     assert sent == [("reconstructions", (4 * 34 + 2, 8 * 34 + 2, 3), 0, "HWC")]
+
+
+def test_an_optimizer_of_ones_own(tmp_path, image_folder):
+    """Its groups have no names to log their learning rates by, unless it gives them some."""
+    model = VQRAEModel(tiny_config())
+    projection, rest = model.quantizer.embedding_proj.parameters(), model.decoder.parameters()
+    optimizer = torch.optim.SGD([{"params": projection, "lr": 0.1, "name": "projection"}, {"params": rest}], lr=0.2)
+    trainer = make_trainer(model, image_folder, tmp_path, optimizers=(optimizer, None))
+    before = model.decoder.decoder_pred.weight.clone()
+    trainer.train()
+    assert not torch.equal(before, model.decoder.decoder_pred.weight)
+    log = trainer.state.log_history[0]
+    rates = {name: value for name, value in log.items() if name.startswith("learning_rate_")}
+    assert rates == {"learning_rate_projection": pytest.approx(0.05)}  # after one of two steps
 
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.5])

@@ -43,7 +43,7 @@ class Adversary:
     def __init__(self, args) -> None:
         self.args = args
         if args.discriminator == "dino":
-            discriminator = DinoDiscriminator(args.discriminator_name_or_path)
+            discriminator = DinoDiscriminator(args.discriminator_name_or_path, token=args.hub_token)
         else:
             discriminator = PatchDiscriminator()
         self.pair = _Pair(discriminator).to(args.device)
@@ -52,7 +52,7 @@ class Adversary:
         self.generator_criterion = GENERATOR_LOSSES[args.gan_generator_loss]
         self.criterion = DISCRIMINATOR_LOSSES[args.gan_discriminator_loss]
         self.wrapped = self.optimizer = self.scheduler = None
-        self._means = []  # of the logits of this step, for LeCam
+        self._next_averages = None  # LeCam's, once the step is taken
 
     def prepare(self, accelerator) -> None:
         """Makes the optimizer and wraps the discriminator for several processes."""
@@ -84,11 +84,19 @@ class Adversary:
             scheduler_specific_kwargs=self.args.lr_scheduler_kwargs if same else None,
         )
 
+    def learns(self, step: int) -> bool:
+        """Whether the discriminator is trained in the step that follows `step` others."""
+        return step >= self.args.discriminator_start_step
+
     def generator_loss(self, fake: torch.Tensor) -> torch.Tensor:
-        """The generator's term for (B, 3, H, W) reconstructions; only they get a gradient."""
+        """The generator's term for (B, 3, H, W) reconstructions; only they get a gradient. Under --bf16 the
+        discriminator runs in bf16, as where it learns."""
         self.pair.requires_grad_(False)
         self.pair.eval()  # spectral norms as they are
-        loss = self.generator_criterion(self.pair.discriminator(self._augmented(fake)))
+        fake = self._augmented(fake)
+        with self.accelerator.autocast():
+            logits = self.pair.discriminator(fake)
+        loss = self.generator_criterion(logits.float())
         for parameter in self._trainable():
             parameter.requires_grad_(True)
         return loss
@@ -124,7 +132,10 @@ class Adversary:
                 terms["lecam"] = lecam(real_logits, fake_logits, *self.pair.averages)
                 loss = loss + self.args.lecam_weight * terms["lecam"]
                 terms["lecam"] = terms["lecam"].detach()
-                self._means.append(self.accelerator.reduce(means, reduction="mean"))
+                if self._next_averages is None:
+                    self._next_averages = self.pair.averages.clone()
+                means_of_all = self.accelerator.reduce(means, reduction="mean")
+                self._next_averages.lerp_(means_of_all, 1 - self.average_decay)
             self.accelerator.backward(loss / accumulation_steps)
         return {
             **{f"loss_{name}": term for name, term in terms.items()},
@@ -140,14 +151,14 @@ class Adversary:
         """Applies the gradient."""
         self.optimizer.step()
         self.scheduler.step()
-        for means in self._means:
-            self.pair.averages.lerp_(means, 1 - self.average_decay)
+        if self._next_averages is not None:
+            self.pair.averages.copy_(self._next_averages)
         self.discard()
 
     def discard(self) -> None:
         """Forgets the gradient of this step, and its logits."""
         self.pair.zero_grad()
-        self._means = []
+        self._next_averages = None
 
     def save_weights(self, folder: str) -> None:
         tensors = {name: tensor for name, tensor in self.pair.state_dict().items() if ".backbone." not in name}

@@ -14,11 +14,16 @@ class VQRAETrainingArguments(TrainingArguments):
     l1_weight: float = field(default=0.0, metadata={"help": "Weight of the mean absolute pixel error."})
     l2_weight: float = field(default=1.0, metadata={"help": "Weight of the mean squared pixel error."})
     lpips_weight: float = field(
-        default=1.1, metadata={"help": "Weight of LPIPS (VQRAE: 1.1). 0: off, and no weights of it are needed."}
+        default=1.1,
+        metadata={
+            "help": "Weight of LPIPS (VQRAE: 1.1), which stays in fp32 under --bf16. 0: off, and no weights of it are "
+            "needed."
+        },
     )
     lpips_network: str = field(default="vgg", metadata={"help": "Backbone of LPIPS: vgg or alex."})
     convnext_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the squared error of ConvNeXt-S logits (VQRAE, TiTok: 0.1)."}
+        default=0.0,
+        metadata={"help": "Weight of the squared error of ConvNeXt-S logits, in fp32 as LPIPS (VQRAE, TiTok: 0.1)."},
     )
     perceptual_weights: str | None = field(
         default=None,
@@ -74,7 +79,9 @@ class VQRAETrainingArguments(TrainingArguments):
         default="hinge", metadata={"help": f"One of {', '.join(DISCRIMINATOR_LOSSES)}."}
     )
     lecam_weight: float = field(default=0.0, metadata={"help": "Weight of LeCam regularization (TiTok: 0.001)."})
-    discriminator: str = field(default="patchgan", metadata={"help": "patchgan (VQGAN, SimVQ) or dino (RAE)."})
+    discriminator: str = field(
+        default="patchgan", metadata={"help": "patchgan (VQGAN, SimVQ) or dino (RAE); in bf16 under --bf16."}
+    )
     discriminator_name_or_path: str = field(
         default="facebook/dino-vits8", metadata={"help": "The frozen ViT under the heads of the dino discriminator."}
     )
@@ -107,6 +114,8 @@ class VQRAETrainingArguments(TrainingArguments):
         super().__post_init__()
         self.remove_unused_columns = False  # pixels are made from the column `image` when an item is read
         self.label_names = ["pixel_values"]
+        if self.device.type == "cpu":  # nothing to copy to, and torch warns of each loader
+            self.dataloader_pin_memory = False
         self.batch_eval_metrics = True
         # every parameter gets a gradient, and every process has the same codebook: no need to look, nor to send it
         if self.ddp_find_unused_parameters is None:

@@ -8,22 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 
 from eval.files import write_whole
 from eval.results import weights_file_hash
+from training.options import is_secret
 
 
 RECIPE = "training_recipe.json"
 
-TEXT = """
-# {name}
-
-A discrete image tokenizer ({method}) for {size} px images: {encoder}, {codes:,} codes of width {width}, and a {decoder}
-decoder. One image of {size} px becomes {tokens} tokens.
-
-```python
+USAGE = """```python
 import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
@@ -37,7 +31,15 @@ with torch.no_grad():
     features = encoded.last_hidden_state  # continuous
     tokens = encoded.image_tokens  # (1, h, w), integers below {codes}
     image = processor.postprocess(model.decode(tokens).decoded_pixel_values)[0]  # PIL
-```
+```"""
+
+TEXT = """
+# {name}
+
+A discrete image tokenizer ({method}) for {size} px images: {encoder}, {codes:,} codes of width {width}, and a {decoder}
+decoder. One image of {size} px becomes {tokens} tokens.
+
+{usage}
 {picture}
 ## Weights
 
@@ -71,6 +73,7 @@ class Provenance:
         recipe: all options that were given, by name.
         license: of the resulting weights, as the hub writes it ("apache-2.0"); of the parent, where not given.
         notes: Markdown for the card, `--card_notes`.
+        hub: `revision` and `token` with which `encoder` or `parent` is read from the hub. Never written anywhere.
     """
 
     encoder: str | None = None
@@ -80,6 +83,7 @@ class Provenance:
     recipe: dict = field(default_factory=dict)
     license: str | None = None
     notes: str | None = None
+    hub: dict = field(default_factory=dict, repr=False)
 
 
 def model_card(name: str, trainer, provenance: Provenance) -> ModelCard:
@@ -91,8 +95,8 @@ def model_card(name: str, trainer, provenance: Provenance) -> ModelCard:
         provenance: see [`Provenance`].
     """
     config = trainer.accelerator.unwrap_model(trainer.model).config
-    parent = _metadata(provenance.parent)
-    encoder_license = (_metadata(provenance.encoder) or {}).get("license")
+    parent = _metadata(provenance.parent, provenance.hub)
+    encoder_license = _metadata(provenance.encoder, provenance.hub).get("license")
     simvq = "[SimVQ](https://huggingface.co/papers/2411.02038)"
     if config.model_type == "vqrae":
         vision = config.encoder_config
@@ -115,7 +119,7 @@ def model_card(name: str, trainer, provenance: Provenance) -> ModelCard:
     picture += f".\n\n![held-out images]({pictures[0].as_posix()})\n" if pictures else ""
     text = TEXT.format(
         name=name.split("/")[-1],
-        repository=name,
+        usage=usage(name, config),
         method=method,
         encoder=encoder,
         decoder=decoder,
@@ -132,6 +136,16 @@ def model_card(name: str, trainer, provenance: Provenance) -> ModelCard:
         licences=_licences(data.license, provenance, encoder_license),
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
+
+
+def usage(name: str, config) -> str:
+    """The code that every card shows: images to features and tokens, and back.
+
+    Args:
+        name: a folder or a hub repository.
+        config: of the model.
+    """
+    return USAGE.format(repository=name, codes=config.codebook_size)
 
 
 def write_card(name: str, trainer, provenance: Provenance, folder: str | Path) -> None:
@@ -166,23 +180,22 @@ def write_recipe(provenance: Provenance, folder: str | Path) -> list[str]:
 
 
 def _recipe(provenance: Provenance) -> str:
-    secret = ("token", "password")
     known = {
-        name: _shown(x) if isinstance(x, str) else x
-        for name, x in provenance.recipe.items()
-        if not any(word in name for word in secret)
+        name: _shown(x) if isinstance(x, str) else x for name, x in provenance.recipe.items() if not is_secret(name)
     }
     return json.dumps(known, indent=2, sort_keys=True) + "\n"
 
 
-def _metadata(name_or_path: str | None) -> dict:
+def _metadata(name_or_path: str | None, hub: dict) -> dict:
     """Of a model's card, where there is one to be had."""
     if name_or_path is None:
         return {}
     try:
-        local = Path(name_or_path, "README.md")
-        return ModelCard.load(local if Path(name_or_path).is_dir() else name_or_path).data.to_dict()
-    except (OSError, ValueError, HfHubHTTPError):  # no card, no network
+        card = Path(name_or_path, "README.md")
+        if not Path(name_or_path).is_dir():
+            card = hf_hub_download(name_or_path, "README.md", **hub)
+        return ModelCard.load(card).data.to_dict()
+    except (OSError, ValueError):  # no card, no network
         return {}
 
 

@@ -56,13 +56,14 @@ class DinoDiscriminator(nn.Module):
     Args:
         name_or_path: the ViT, any that AutoModel loads with one token per patch (RAE: "facebook/dino-vits8").
         kernel_size: of the second convolution of a head (RAE: 9).
+        token: of the hub.
     """
 
     rounds_fakes = True
 
-    def __init__(self, name_or_path: str, kernel_size: int = 9) -> None:
+    def __init__(self, name_or_path: str, kernel_size: int = 9, token: str | None = None) -> None:
         super().__init__()
-        backbone = AutoModel.from_pretrained(name_or_path, dtype=torch.float32)
+        backbone = AutoModel.from_pretrained(name_or_path, dtype=torch.float32, token=token)
         if hasattr(backbone, "pooler"):
             backbone.pooler = None
         self.backbone = backbone.requires_grad_(False).eval()

@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from torchvision.models import ConvNeXt_Small_Weights, convnext_small
 from torchvision.transforms.functional import normalize
+
+from eval.lpips.lpips import load_lpips
 
 
 @contextmanager
@@ -35,9 +36,9 @@ def _load(name: str, build, folder: str | None) -> nn.Module:
             network = build()
     except (OSError, RuntimeError) as error:  # URLError is an OSError
         raise RuntimeError(
-            f"The {name} weights cannot be had ({error}). Put torchvision's file into $TORCH_HOME/hub/checkpoints or "
-            "into the folder of --perceptual_weights, train without (--lpips_weight 0, --convnext_weight 0), or allow "
-            "that: --perceptual_optional."
+            f"The {name} weights cannot be had ({error.__cause__ or error}). Put torchvision's file into "
+            "$TORCH_HOME/hub/checkpoints or into the folder of --perceptual_weights, train without (--lpips_weight 0, "
+            "--convnext_weight 0), or allow that: --perceptual_optional."
         ) from error
     return network.requires_grad_(False).eval()
 
@@ -55,10 +56,7 @@ class PerceptualLoss(nn.Module):
 
     def __init__(self, network: str = "vgg", folder: str | None = None) -> None:
         super().__init__()
-        # its network alone: the metric around it refuses pixels that overshoot
-        self.network = _load(
-            f"{network} (LPIPS)", lambda: LearnedPerceptualImagePatchSimilarity(net_type=network).net, folder
-        )
+        self.network = _load(f"{network} (LPIPS)", lambda: load_lpips(network), folder)
 
     def train(self, mode: bool = True):
         return super().train(False)
@@ -95,6 +93,10 @@ class ConvNextLoss(nn.Module):
 class ReconstructionLoss(nn.Module):
     """Weighted sum of pixel and perceptual losses, and its terms by name (unweighted). A weight of 0 leaves a term out.
 
+    Always in fp32, whatever autocast is on: the gradient at the pixels comes from small differences of features, and a
+    quarter to two fifths of it would be bf16's rounding (`benchmarks/loss_precision.py`). TiTok does so too
+    (modeling/modules/losses.py); RAE and LlamaGen run these networks under autocast.
+
     Args:
         l1_weight, l2_weight: mean absolute and mean squared error over all pixels.
         lpips_weight, lpips_network: see [`PerceptualLoss`].
@@ -121,7 +123,9 @@ class ReconstructionLoss(nn.Module):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """(B, 3, H, W) each -> the weighted sum and the terms."""
         losses = {"l1": F.l1_loss, "l2": F.mse_loss, "lpips": self.lpips, "convnext": self.convnext}
-        terms = {name: losses[name](reconstruction, original) for name, weight in self.weights.items() if weight}
+        images = reconstruction.float(), original.float()
+        with torch.autocast(reconstruction.device.type, enabled=False):
+            terms = {name: losses[name](*images) for name, weight in self.weights.items() if weight}
         return sum(self.weights[name] * term for name, term in terms.items()), terms
 
 

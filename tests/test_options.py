@@ -1,0 +1,174 @@
+"""Options of train_hf.py: those that would have no effect are refused, and what was given is remembered."""
+
+import json
+import shlex
+import sys
+
+import pytest
+from test_docs import blocks
+from test_loading import ROOT
+
+import train_hf
+from training.options import (
+    parse,
+    refuse_without_effect,
+    rules_of_data,
+    rules_of_encoder,
+    rules_of_model,
+    rules_of_training,
+)
+
+
+KINDS = train_hf.ModelArguments, train_hf.DataArguments, train_hf.VQRAETrainingArguments
+HUB = ["--encoder_name_or_path", "org/encoder", "--train_data", "org/images", "--use_cpu", "--report_to", "none"]
+LOCAL = [*HUB, "--train_data", "."]
+
+
+def rules(model, data, training, frozen=True):
+    return [*rules_of_model(model), *rules_of_data(data), *rules_of_training(training), *rules_of_encoder(frozen)]
+
+
+def check(*arguments, frozen=True) -> dict:
+    """The options that were given; raises for those that would have no effect."""
+    (model, data, training), given, by_flags = parse(KINDS, list(arguments), "")
+    refuse_without_effect(given, by_flags, rules(model, data, training, frozen))
+    return given
+
+
+@pytest.mark.parametrize(
+    "arguments, ignored, because",
+    [
+        ([*LOCAL, "--eval_data", ".", "--holdout", "0.2"], "holdout", "--eval_data names"),
+        ([*LOCAL, "--eval_data=.", "--group-separator=-"], "group_separator", "--eval_data names"),
+        ([*HUB, "--holdout", "0.2"], "holdout", "a split to hold out"),
+        ([*LOCAL, "--streaming", "--max_steps", "2"], "streaming", "on this disk"),
+        ([*LOCAL, "--train_split", "train"], "train_split", "on this disk"),
+        ([*HUB, "--eval_data", ".", "--eval_split", "test"], "eval_split", "on this disk"),
+        ([*LOCAL, "--image_column", "picture"], "image_column", "on this disk"),
+        ([*LOCAL, "--dataset_config_name", "full"], "dataset_config_name", "on this disk"),
+        ([*HUB, "--shuffle_buffer", "9"], "shuffle_buffer", "--streaming"),
+        ([*HUB, "--encoder_name_or_path", ".", "--revision", "v1"], "revision", "not of the hub"),
+        (
+            [*HUB[2:], "--model_name_or_path", "org/model", "--codebook_init", "kmeans"],
+            "codebook_init",
+            "the codes are",
+        ),
+        ([*HUB, "--model_config", '{"use_simvq": false}', "--codebook_init", "kmeans"], "codebook_init", "decides"),
+        ([*HUB, "--discriminator_learning_rate", "1e-4"], "discriminator_learning_rate", "no GAN"),
+        ([*HUB, "--gan_adaptive"], "gan_adaptive", "no GAN"),
+        ([*HUB, "--lecam_weight", "0.1"], "lecam_weight", "no GAN"),
+        ([*HUB, "--gan_weight", "1", "--discriminator_cutout", "0.1"], "discriminator_cutout", "_augment"),
+        ([*HUB, "--gan_weight", "1", "--discriminator_name_or_path", "x"], "discriminator_name_or_path", "patchgan"),
+        ([*HUB, "--gan_weight", "1", "--discriminator_warmup_steps", "5"], "discriminator_warmup_steps", "no warm-up"),
+        ([*HUB, "--lr_scheduler_type", "constant", "--warmup_steps", "5"], "warmup_steps", "no warm-up"),
+        ([*HUB, "--lpips_weight", "0", "--lpips_network", "alex"], "lpips_network", "LPIPS is off"),
+        ([*HUB, "--lpips_weight", "0", "--perceptual_optional"], "perceptual_optional", "ConvNeXt-S are off"),
+        ([*LOCAL, "--token_passes", "2", "--quantizer_lr_multiplier", "2"], "quantizer_lr_multiplier", "not trained"),
+        ([*LOCAL, "--max_steps", "2", "--num_train_epochs", "2"], "num_train_epochs", "--max_steps decides"),
+        ([*LOCAL, "--eval_steps", "2"], "eval_steps", "--eval_strategy is no"),
+        ([*LOCAL, "--save_strategy", "epoch", "--save_steps", "2"], "save_steps", "--save_strategy is epoch"),
+        ([*LOCAL, "--hub_model_id", "me/model"], "hub_model_id", "nothing is pushed"),
+        ([*LOCAL, "--do_predict"], "do_predict", "trains, and then evaluates"),
+        ([*LOCAL, "--distillation_weight", "1"], "distillation_weight", "the encoder is frozen"),
+        ([*LOCAL, "--encoder_learning_rate", "1"], "encoder_learning_rate", "the encoder is frozen"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and "_" in value else "",
+)
+def test_an_option_without_effect_is_an_error_that_says_why(arguments, ignored, because):
+    with pytest.raises(ValueError) as error:
+        check(*arguments)
+    (line,) = str(error.value).splitlines()
+    assert line.startswith(f"--{ignored} has no effect: ") and because in line
+
+
+def test_a_flag_may_take_the_effect_from_what_a_file_says(tmp_path):
+    """But not the file from itself, nor from a flag."""
+    recipe = tmp_path / "recipe.json"
+    options = {"encoder_name_or_path": "org/encoder", "train_data": ".", "holdout": 0.2, "gan_weight": 0.1}
+    options |= {"lecam_weight": 0.1, "discriminator_augment": True, "use_cpu": True, "report_to": ["none"]}
+    recipe.write_text(json.dumps(options))
+    check(str(recipe))
+    check(str(recipe), "--gan_weight", "0", "--eval_data", ".")
+    with pytest.raises(ValueError, match="--gan_start_step has no effect"):
+        check(str(recipe), "--gan_weight", "0", "--gan_start_step", "5")
+    recipe.write_text(json.dumps(options | {"eval_data": "."}))
+    with pytest.raises(ValueError, match="--holdout has no effect"):
+        check(str(recipe))
+
+
+def test_what_is_off_asks_for_nothing():
+    check(*LOCAL, "--lecam_weight", "0", "--gan_adaptive", "false", "--streaming", "false", "--warmup_steps", "0")
+
+
+def test_rules_name_options_that_there_are():
+    (model, data, training), _, _ = parse(KINDS, LOCAL, "")
+    known = {name for options in (model, data, training) for name in vars(options)}
+    for rule in rules(model, data, training):
+        assert {*rule.names.split(), *rule.of.split()} <= known, rule
+
+
+@pytest.mark.parametrize("recipe", sorted(ROOT.glob("configs/*.json")), ids=lambda path: path.stem)
+def test_recipes_have_no_option_without_effect(recipe, tmp_path, monkeypatch):
+    options = json.loads(recipe.read_text())
+    monkeypatch.chdir(tmp_path)
+    if "holdout" in options:  # from a folder, which is there
+        (tmp_path / options.get("train_data", "my_images")).mkdir(parents=True)
+    if recipe.stem == "collapse":  # of a benchmark
+        return
+    extra = [] if "train_data" in options else ["--train_data", "."]
+    if not options.keys() & {"encoder_name_or_path", "model_name_or_path"} and "encoder_config" not in str(options):
+        extra += ["--encoder_name_or_path", "org/encoder"]
+    frozen = options.get("stage") != 2 and options.get("model_config", {}).get("freeze_encoder", True)
+    check(str(recipe), *extra, "--bf16", "false", "--use_cpu", "--report_to", "none", frozen=frozen)
+
+
+def documented():
+    for document in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))):
+        text = "\n".join(blocks(document.relative_to(ROOT), "bash")).replace("\\\n", " ")
+        for line in text.splitlines():
+            if "train_hf.py" in line and "$" not in line and "..." not in line:
+                yield pytest.param(line.partition("train_hf.py")[2], id=f"{document.name}: {line.strip()[:60]}")
+
+
+@pytest.mark.parametrize("command", list(documented()))
+def test_documented_commands_have_no_option_without_effect(command):
+    arguments = shlex.split(command)
+    off = ["--bf16", "false", "--use_cpu", "--report_to", "none"]
+    check(*arguments, *off, frozen="stage2" not in command and "--stage 2" not in command)
+
+
+def test_what_was_given_is_remembered_whatever_its_form():
+    given = check(*LOCAL, "--seed=7", "--max-steps", "3", "--no_dataloader_pin_memory", "--gan_adaptive", "0")
+    expected = {"seed": 7, "max_steps": 3, "dataloader_pin_memory": False, "gan_adaptive": False}
+    assert {name: given[name] for name in expected} == expected and len(given) == 8
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["nowhere.yaml"], "nowhere.yaml"),
+        (["broken.json"], "neither JSON nor YAML"),
+        (["list.yaml"], "expected options by name"),
+        ([*LOCAL, "--max_step", "3"], "There is no option --max_step 3"),
+        ([*LOCAL, "--model_config", "{"], "model_config must be JSON"),
+        ([*LOCAL, "--learning_rate", "fast"], "invalid float value"),
+        ([*LOCAL, "--lr_scheduler_type", "cosine_with_min_lr", "--eval_strategy", "now"], "now"),
+        ([*HUB, "--streaming"], "--streaming needs --max_steps"),
+        ([*LOCAL, "--encoder_name_or_path", "nowhere/at-all"], "nowhere/at-all"),
+        ([*LOCAL, "--encoder_name_or_path", "empty"], "empty"),
+        (["--model_config", '{"codebook_size": -1}', *LOCAL[2:]], "codebook_size"),
+        (["--model_config", '{"colour": 1}', *LOCAL[2:]], "colour"),
+    ],
+)
+def test_mistakes_end_the_script_in_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.json").write_text("{]")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setattr(sys, "argv", ["train_hf.py", *arguments])
+    with pytest.raises(SystemExit) as end:
+        train_hf.main()
+    said = capsys.readouterr().err.strip().splitlines()
+    assert end.value.code in (1, 2)
+    assert said[-1].startswith("train_hf.py: error: ") and message in said[-1], said
+    assert not any("Traceback" in line for line in said)
