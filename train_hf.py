@@ -31,7 +31,15 @@ from reading.models import check_fields, load_pretrained, load_processor
 from reading.sources import dataset_of_files, find_images, load_images
 from training.arguments import VQRAETrainingArguments
 from training.card import Provenance, write_recipe
-from training.data import EvalTransform, TrainTransform, collate, readable_images, split_files, with_pixels
+from training.data import (
+    EvalTransform,
+    TrainTransform,
+    collate,
+    readable_images,
+    sample_indices,
+    split_files,
+    with_pixels,
+)
 from training.hub import find_checkpoint, on_main_process
 from training.options import (
     parse,
@@ -145,14 +153,34 @@ class DataArguments:
     )
     shuffle_buffer: int = field(default=1000, metadata={"help": "Images in the shuffle buffer when streaming."})
     min_crop_area: float = field(default=0.3, metadata={"help": "Smallest area of a random crop, as a share."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on that many images at most."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on that many images at most."})
+    max_train_samples: int | None = field(
+        default=None,
+        metadata={
+            "help": "Train on that many images at most, drawn by --seed; of a stream, the first after its shuffle."
+        },
+    )
+    max_eval_samples: int | None = field(
+        default=None,
+        metadata={"help": "Evaluate on that many of the held-out images at most, drawn the same way in every run."},
+    )
+    max_unreadable_share: float = field(
+        default=0.01,
+        metadata={
+            "help": "Training images that cannot be read are replaced and listed. The run stops when they are more "
+            "than 10 plus this share of the images that a process has seen, or when none can be read."
+        },
+    )
 
     def __post_init__(self):
         if not 0 < self.holdout < 1:
             raise ValueError(f"holdout must be between 0 and 1, got {self.holdout}.")
         if not 0 < self.min_crop_area <= 1:
             raise ValueError(f"min_crop_area must be in (0, 1], got {self.min_crop_area}.")
+        if not 0 <= self.max_unreadable_share <= 1:
+            raise ValueError(f"max_unreadable_share must be in [0, 1], got {self.max_unreadable_share}.")
+        for name in ("max_train_samples", "max_eval_samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}: leave it out for all images.")
 
 
 def load_model(args: ModelArguments, hub: dict) -> ImageTokenizer:
@@ -195,22 +223,23 @@ def load_data(args: DataArguments, training_args: VQRAETrainingArguments, skippe
         eval_files = find_images(args.eval_data or args.train_data) if local else None
     else:
         train_files, eval_files = split_files(find_images(args.train_data), args.holdout, args.group_separator)
-        train = dataset_of_files(train_files)
+        train = dataset_of_files(train_files, args.train_data if os.path.isdir(args.train_data) else None)
         listing = Path(training_args.output_dir) / "heldout_images.txt"
     if eval_files is None:
         held_out = load_images(args.eval_data or args.train_data, args.eval_split, **hub)
         if args.max_eval_samples:
-            held_out = held_out.select(range(min(len(held_out), args.max_eval_samples)))
+            held_out = held_out.select(sample_indices(len(held_out), args.max_eval_samples, seed=0))
     else:
-        count = args.max_eval_samples or len(eval_files)
+        chosen = sample_indices(len(eval_files), args.max_eval_samples or len(eval_files), seed=0)
         readable = [None]
         if training_args.process_index == 0:
-            readable = [readable_images(eval_files[:count], skipped_list)]
+            readable = [readable_images([eval_files[i] for i in chosen], skipped_list)]
         readable = broadcast_object_list(readable)[0]
         if not readable:
             raise ValueError(f"None of the held-out images can be read, see {skipped_list}; pass other --eval_data.")
         held_out = dataset_of_files(readable)
-        listed = readable + eval_files[count:]  # all that is held out, also what is not evaluated
+        unreadable = {eval_files[i] for i in chosen} - set(readable)
+        listed = [file for file in eval_files if file not in unreadable]  # also what is held out and not evaluated
     if listing and training_args.process_index == 0:
         write_whole(listing, lambda path: path.write_text("".join(f"{file.resolve()}\n" for file in listed)))
         print(f"{len(train_files)} images to train on, {len(listed)} held out ({listing}).")
@@ -218,7 +247,10 @@ def load_data(args: DataArguments, training_args: VQRAETrainingArguments, skippe
     if streams:
         train = train.shuffle(seed=0, buffer_size=args.shuffle_buffer)
     if args.max_train_samples:
-        train = train.take(args.max_train_samples) if streams else train.take(min(len(train), args.max_train_samples))
+        if streams:
+            train = train.take(args.max_train_samples)
+        else:
+            train = train.select(sample_indices(len(train), args.max_train_samples, training_args.seed))
     return train, held_out
 
 
@@ -266,7 +298,8 @@ def main() -> None:
         notes=Path(model_args.card_notes).read_text() if model_args.card_notes else None,
         hub=hub,
     )
-    transform = TrainTransform(size, data_args.min_crop_area, training_args.seed, skipped_list)
+    crops = data_args.min_crop_area, training_args.seed, skipped_list, data_args.max_unreadable_share
+    transform = TrainTransform(size, *crops)
     trainer = VQRAETrainer(
         model=model,
         args=training_args,

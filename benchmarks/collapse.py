@@ -49,6 +49,7 @@ from eval.psnr.psnr import psnr_per_image
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import VQRAEModel
 from quantization_simvq import SimVQ, VectorQuantizer
+from reading.images import BELOW
 from reading.sources import find_images
 from training.data import EvalTransform, TrainTransform, split_files
 
@@ -106,7 +107,8 @@ class Crops:
 
 
 def record(file: Path) -> dict:
-    return {"path": str(file), "bytes": None}
+    """Called by its bare name, wherever the folder lies."""
+    return {"path": f"{file.parent}{BELOW}{file.name}", "bytes": None}
 
 
 @torch.no_grad()

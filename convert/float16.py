@@ -12,6 +12,7 @@ new file.
 """
 
 import argparse
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -25,7 +26,6 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from eval.files import write_folder_whole
 from eval.psnr.psnr import psnr_per_image
-from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import ImageTokenizer
 from reading.images import decode_image
 from reading.models import load_pretrained, load_processor
@@ -94,9 +94,11 @@ def convert(source: Path, output: Path) -> None:
 
 @torch.no_grad()
 def compare(source: ImageTokenizer, rounded: ImageTokenizer, data: str, max_images: int = 64) -> str:
-    """How far the rounded model is from its source on images, in words."""
-    processor = VQRAEImageProcessor.for_image_size(source.config.image_size)
-    files = find_images(data)[:max_images]
+    """How far the rounded model is from its source on images, in words. Of more than `max_images`, evenly spread ones
+    are taken."""
+    processor = load_processor(source.name_or_path, source.config.image_size)
+    files = find_images(data)
+    files = files[:: math.ceil(len(files) / max_images)]
     same, scores = [], []
     for record in dataset_of_files(files)["image"]:
         pixels = processor(decode_image(record), return_tensors="pt").pixel_values

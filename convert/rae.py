@@ -39,13 +39,13 @@ import yaml
 from huggingface_hub import ModelCardData, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoImageProcessor
+from transformers import AutoConfig
 
 from configuration_simvq import VQRAEConfig
 from decoding_simvq import sincos_positions
 from eval.files import write_folder_whole
 from image_processing_simvq import VQRAEImageProcessor
-from modeling_simvq import VQRAEModel
+from modeling_simvq import VQRAEModel, read_pixel_statistics
 from reading.images import decode_image
 from reading.sources import find_images
 from training.card import usage
@@ -261,7 +261,7 @@ def read_rae(config_file: str, decoder_file: str, statistics_file: str | None, e
             f"{params['encoder_cls']} needs an encoder of type '{model_type}', but {encoder} is of type "
             f"'{encoder_config.model_type}'."
         )
-    processor = AutoImageProcessor.from_pretrained(encoder)
+    pixel_statistics, _ = read_pixel_statistics(encoder, model_type)
     input_size, patch = params.get("encoder_input_size", 224), params.get("decoder_patch_size", 16)
     config = {
         "encoder_config": encoder_config,
@@ -272,8 +272,7 @@ def read_rae(config_file: str, decoder_file: str, statistics_file: str | None, e
         **{name: decoder_config[name] for name in DECODER_SIZES},
         "decoder_layer_norm_eps": decoder_config.get("layer_norm_eps", 1e-12),
         "noise_tau": params.get("noise_tau", 0.8),
-        "image_mean": processor.image_mean,
-        "image_std": processor.image_std,
+        **pixel_statistics,
     }
     print(f"Reading {decoder_file}.", flush=True)
     decoder = read_tensors(decoder_file)

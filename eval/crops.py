@@ -33,10 +33,10 @@ class CroppedImages(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict:
         try:
-            image = decode_image(self.data[index]["image"], self.protocol.turned_by_exif)
+            image = self._decode(self.data[index])
             item = {"index": index, "original": self._tensor(image, self.size)}
             if self.reconstructions is not None:
-                fake = decode_image(self.reconstructions[index]["image"], self.protocol.turned_by_exif)
+                fake = self._decode(self.reconstructions[index])
                 if fake.size != image.size and fake.size != (self.size, self.size):
                     raise RuntimeError(
                         f"{self.reconstructions[index]['image']['path']} is {fake.size} px, its original {image.size}: "
@@ -47,6 +47,9 @@ class CroppedImages(torch.utils.data.Dataset):
             return item
         except ValueError as error:
             return {"index": index, "error": str(error)}
+
+    def _decode(self, item: dict) -> Image.Image:
+        return decode_image(item["image"], self.protocol.turned_by_exif, self.protocol.transparency)
 
     def _tensor(self, image: Image.Image, size: int | None) -> torch.Tensor:
         return torch.from_numpy(self.protocol.crop(image, size).copy()).permute(2, 0, 1).contiguous()

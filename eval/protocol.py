@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision.transforms.functional import InterpolationMode, center_crop, resize
 
 from eval.metrics import to_uint8
-from image_processing_simvq import VQRAEImageProcessor
+from image_processing_simvq import to_rgb
 
 
 FOLDER = Path(__file__).parent / "protocols"
@@ -98,10 +98,8 @@ class Protocol:
             raise ValueError(f"{path}: {error}") from None
 
     def crop(self, image: Image.Image, size: int | None) -> np.ndarray:
-        """A PIL image as (size, size, 3), uint8; of its own size where `size` is `None`."""
-        if self.transparency == "white":
-            image = VQRAEImageProcessor.convert_to_rgb(None, image)
-        image = image.convert("RGB")
+        """A PIL image of any mode as (size, size, 3), uint8; of its own size where `size` is `None`."""
+        image = to_rgb(image, self.transparency, self.turned_by_exif)
         if size is not None:
             if self.resize == "adm":
                 image = _resized_by_adm(image, size)

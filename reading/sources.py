@@ -1,35 +1,75 @@
 """Where images come from: a folder, a list of files, or a dataset of the hub."""
 
+import os
+import re
+from collections import Counter
 from pathlib import Path
 
 import datasets
 
-from reading.images import EXTENSIONS
+from reading.images import BELOW, EXTENSIONS
+
+
+NAME_OF_DATASET = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # on the hub: dataset, or owner/dataset
 
 
 def find_images(path: str | Path) -> list[Path]:
-    """Image files below a folder, or named by a text file with one path a line, sorted.
+    """Image files below a folder, or named by a `.txt` file with one path a line, sorted.
+
+    In a folder, hidden files and what is in hidden folders are passed over. What else has no suffix of an image is
+    left out, and it is said how many files that are.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none; or the folder, the list, or a file of the list does not exist.
     """
     path = Path(path)
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in EXTENSIONS)
-    else:
+        files, others = [], []
+        for file in sorted(path.rglob("*")):
+            if any(part.startswith(".") for part in file.relative_to(path).parts):
+                continue
+            if file.suffix.lower() in EXTENSIONS:
+                files.append(file)
+            elif file.is_file():
+                others.append(file)
+        if others:
+            kinds = Counter(file.suffix.lower() or "without a suffix" for file in others).most_common(3)
+            _say(
+                f"{path}: {len(others)} files are left out, they are no images by their names "
+                f"({', '.join(f'{count} {kind}' for kind, count in kinds)}), such as {others[0].relative_to(path)}."
+            )
+    elif path.suffix == ".txt" and path.is_file():
         files = [Path(line) for line in path.read_text().splitlines() if line.strip()]
         missing = [file for file in files if not file.is_file()]
         if missing:
             raise ValueError(f"{path} names {len(missing)} files that do not exist, first {missing[0]}.")
+    else:
+        raise ValueError(_no_images_there(path))
     if not files:
         raise ValueError(f"No images in {path}: looked for {', '.join(sorted(EXTENSIONS))}, also in its subfolders.")
     return files
 
 
-def dataset_of_files(files: list[Path]) -> datasets.Dataset:
-    """A dataset with one column `image`, encoded bytes read when an item is."""
-    dataset = datasets.Dataset.from_dict({"image": [str(file) for file in files]})
-    return dataset.cast_column("image", datasets.Image(decode=False))
+def _no_images_there(path: str | Path) -> str:
+    what = "is a file, but not a .txt list" if os.path.isfile(path) else "does not exist"
+    return f"{path} {what}: name a folder of images, or a .txt file with the path of an image in each line."
+
+
+def _say(text: str) -> None:
+    """Prints a line, on the first of several processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
+
+
+def dataset_of_files(files: list[Path], folder: str | Path | None = None) -> datasets.Dataset:
+    """A dataset with one column `image`, encoded bytes read when an item is.
+
+    Args:
+        files: paths of images.
+        folder: where all of them are. `image_name` is then of the path below it.
+    """
+    paths = [str(file) if folder is None else f"{folder}{BELOW}{file.relative_to(folder)}" for file in files]
+    return datasets.Dataset.from_dict({"image": paths}).cast_column("image", datasets.Image(decode=False))
 
 
 def load_images(
@@ -52,15 +92,24 @@ def load_images(
         token: of the hub.
 
     Raises:
-        ValueError: no images, or no such column.
+        ValueError: no images, or no such column; neither a folder, nor a list, nor a dataset that can be had.
     """
-    if Path(name_or_path).is_dir() or (name_or_path.endswith(".txt") and Path(name_or_path).is_file()):
+    if os.path.isdir(name_or_path):
+        return dataset_of_files(find_images(name_or_path), name_or_path)
+    if os.path.isfile(name_or_path):
         return dataset_of_files(find_images(name_or_path))
+    if not NAME_OF_DATASET.fullmatch(name_or_path) or name_or_path.endswith(".txt"):
+        raise ValueError(_no_images_there(name_or_path))
     if not streaming:
-        print(f"Loading dataset {name_or_path}, split {split}: the first time, it is downloaded.", flush=True)
-    dataset = datasets.load_dataset(
-        name_or_path, config_name, split=split, streaming=streaming, revision=revision, token=token
-    )
+        _say(f"Loading dataset {name_or_path}, split {split}: the first time, it is downloaded.")
+    options = {"split": split, "streaming": streaming, "revision": revision, "token": token}
+    try:
+        dataset = datasets.load_dataset(name_or_path, config_name, **options)
+    except (FileNotFoundError, ConnectionError) as error:  # of both kinds are what datasets raises
+        raise ValueError(
+            f"There is no folder {name_or_path} here, and no dataset of this name could be had from the hub "
+            f"({' '.join(str(error).split())}): check the path, or the name and the connection."
+        ) from error
     if dataset.column_names and image_column not in dataset.column_names:
         raise ValueError(f"{name_or_path} has no column '{image_column}', only {dataset.column_names}.")
     dataset = dataset.select_columns([image_column])

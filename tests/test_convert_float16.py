@@ -6,13 +6,17 @@ import pytest
 import torch
 from conftest import tiny_config
 from huggingface_hub import EvalResult, ModelCard
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_loading import run
 from test_training import make_trainer
+from transformers.image_utils import PILImageResampling
 
 from convert import float16
+from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import VQRAEModel
 from reading.models import load_pretrained
+from reading.sources import find_images
 
 
 @pytest.fixture
@@ -68,6 +72,18 @@ def test_comparison_counts_tokens_and_pixels_that_differ(trained, tmp_path, imag
         rounded.quantizer.embedding_proj.bias.add_(100.0)  # every token another one, or nearly
     told = float16.compare(source, rounded, str(image_folder))
     assert float(told.split(": ")[1].split("%")[0]) < 50
+
+
+def test_comparison_sees_images_of_the_whole_folder_as_the_models_own_processor_makes_them(trained, image_folder):
+    settings = trained / "preprocessor_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"resample": PILImageResampling.NEAREST}))
+    model, seen = load_pretrained(str(trained), {}).eval(), []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    assert "4 images" in float16.compare(model, model, str(image_folder), max_images=4)
+    processor = VQRAEImageProcessor.for_image_size(32)
+    processor.resample = PILImageResampling.NEAREST
+    images = [Image.open(file) for file in find_images(image_folder)[::3]]
+    assert torch.equal(torch.cat(seen[::2]), processor(images, return_tensors="pt").pixel_values)
 
 
 def test_values_beyond_float16_are_refused_and_nothing_is_left(trained, tmp_path):

@@ -18,7 +18,7 @@ from test_loading import run
 
 from convert.rae import main
 from image_processing_simvq import VQRAEImageProcessor
-from modeling_simvq import VQRAEModel
+from modeling_simvq import PIXEL_STATISTICS, VQRAEModel
 
 
 RECORDS = sorted(file.stem for file in FOLDER.glob("*.safetensors"))
@@ -111,6 +111,13 @@ def test_reconstructions_are_those_of_the_installed_diffusers(name, patch, tmp_p
     difference = (reconstruct(model, pixels) - expected).abs().max()
     print(f"{name}: {difference:.2g}")
     assert difference < 1e-4
+
+
+def test_an_encoder_without_a_processor_has_the_statistics_of_its_family(source, tmp_path):
+    folder, arguments, _ = source("rae_dinov2")
+    (folder / "encoder" / "preprocessor_config.json").unlink()
+    config = convert(arguments, tmp_path / "converted").config
+    assert (config.image_mean, config.image_std) == PIXEL_STATISTICS["dinov2_with_registers"]
 
 
 def test_what_is_written(source, tmp_path, capsys):

@@ -412,10 +412,10 @@ def test_difficult_images_are_trained_through_or_skipped_counted_and_listed(tmp_
     assert {os.path.basename(path) for path, _ in listed} == UNREADABLE
     assert all("Cannot read the image" in reason for _, reason in listed)
     assert transform.count_skipped() == len(UNREADABLE)
-    # a batch of nothing else
-    bad = with_pixels(load_images(str(difficult_folder)), transform)
+    # a batch of nothing else: another image of the folder
     index = [file.name for file in find_images(difficult_folder)].index("text.jpg")
-    assert torch.equal(bad[index]["pixel_values"], torch.full((3, 32, 32), 0.5))
+    crop = data[index]["pixel_values"]
+    assert any(torch.equal(crop, data[i]["pixel_values"]) for i in range(14) if i != index)
 
     # held-out images are checked beforehand: a metric must not be of other images
     readable = readable_images(find_images(difficult_folder), listing)

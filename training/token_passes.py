@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import zlib
 from pathlib import Path
 
 import datasets
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from eval.files import write_whole
 from modeling_simvq import ImageTokenizer
+from reading.images import image_name
 from training.data import TrainTransform, collate
 
 
@@ -93,7 +93,5 @@ def tokenize_crops(
 
 def _identity(record: dict) -> list:
     """What tells that a `datasets.Image(decode=False)` record is still the same image."""
-    if record["path"] and os.path.isfile(record["path"]):
-        status = os.stat(record["path"])
-        return [Path(record["path"]).name, status.st_size, status.st_mtime_ns]
-    return [record["path"], zlib.crc32(record["bytes"])]
+    status = os.stat(record["path"]) if record["path"] and os.path.isfile(record["path"]) else None
+    return [image_name(record), *((status.st_size, status.st_mtime_ns) if status else ())]

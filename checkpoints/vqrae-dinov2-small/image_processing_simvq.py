@@ -1,14 +1,146 @@
 """Images to the pixels that VQRAE takes, and back."""
 
+import base64
+import io
+import os
+import struct
+
+import httpx
+import numpy as np
 import torch
+from PIL import Image, ImageOps
+from torchvision.transforms.functional import pil_to_tensor
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_transforms import to_pil_image
-from transformers.image_utils import PILImageResampling
+from transformers.image_utils import ChannelDimension, PILImageResampling, infer_channel_dimension_format
+
+
+# Not all that Pillow knows: for some it starts other programs (Ghostscript for EPS), and others are no pictures that
+# anybody trains on (weather maps, films, textures of games). HEIF is read where a plugin of Pillow for it is.
+FORMATS = {"AVIF", "BMP", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP"}
+
+
+def read_image(source: str | bytes, name: str, transparency: str = "white", turned_by_exif: bool = True) -> Image.Image:
+    """An encoded image -> PIL image in 8-bit RGB, see `to_rgb`; of an animation, or of several pages, the first.
+
+    Args:
+        source: path of a file, or its content.
+        name: for the error.
+        transparency, turned_by_exif: see `to_rgb`.
+
+    Raises:
+        ValueError: it is not an image of one of `FORMATS`, or is damaged; named.
+    """
+    Image.init()
+    try:
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        with Image.open(file, formats=sorted(FORMATS & Image.OPEN.keys())) as image:
+            image.load()
+            return to_rgb(image, transparency, turned_by_exif)
+    except Exception as error:  # decoders raise whatever comes to pass in a damaged file
+        raise ValueError(f"Cannot read the image {name}: {error} Remove or replace it.") from error
+
+
+def to_rgb(
+    image: "Image.Image | np.ndarray | torch.Tensor",
+    transparency: str = "white",
+    turned_by_exif: bool = True,
+    input_data_format: str | None = None,
+) -> Image.Image:
+    """Any image as a PIL image in 8-bit RGB. This is the one place that decides how: the processor, training,
+    evaluation and the demo all come here.
+
+    - More than 8 bits are scaled: 65,535 of 16 bits becomes 255, rounded. (Of files in colour with 16 bits, Pillow
+      itself keeps the upper 8.) Where the type does not tell the range, the values do: whole numbers up to 255 are
+      levels of 8 bits, larger ones of 16 bits; floats up to 1 are in [0, 1], larger ones are levels likewise. So a
+      float image in [0, 255] with nothing above 1 is taken for one in [0, 1]: give black ones as uint8.
+    - What is transparent is composited on white, or loses its alpha.
+    - A PIL image is turned as its EXIF says, if that can be read.
+    - A colour profile (ICC) is left alone: the numbers are taken as they are, as if they were sRGB.
+
+    Args:
+        image: PIL image of any mode; or array, (H, W), (C, H, W) or (H, W, C), with C = 1 (grey), 2 (grey, alpha), 3 or
+            4 (RGB, alpha), of bool, whole numbers, or floats. Tensors of other devices come to the CPU.
+        transparency: "white", or "dropped".
+        turned_by_exif: `False` leaves it as it lies in the file.
+        input_data_format: "channels_first" or "channels_last". `None`: where there are 1, 3 or 4 of them, first before
+            last.
+
+    Raises:
+        ValueError: no image by its shape, or values out of range (such as normalised ones).
+    """
+    if not isinstance(image, Image.Image):
+        image = _array_to_pil(image, input_data_format)
+    elif turned_by_exif:
+        try:
+            image = ImageOps.exif_transpose(image)
+        except (OSError, SyntaxError, TypeError, ValueError, struct.error):  # broken EXIF is no broken image
+            pass
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # Pillow would clip at 255
+        values, clear = np.asarray(image), image.info.get("transparency")
+        image = Image.fromarray(_to_8_bits(values))
+        if clear is not None:  # a level of 16 bits
+            image.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    if image.mode == "La":  # the one mode with alpha that Pillow does not convert to RGBA
+        image = image.convert("LA")
+    if {"A", "a"} & set(image.getbands()) or "transparency" in image.info:
+        image = image.convert("RGBA")
+        if transparency == "white":
+            canvas = Image.new("RGBA", image.size, "white")
+            canvas.alpha_composite(image)
+            image = canvas
+    image = image.convert("RGB")  # a copy
+    image.info.clear()  # what it says has been done, and must not be done again
+    return image
+
+
+def _array_to_pil(array: "np.ndarray | torch.Tensor", input_data_format: str | None) -> Image.Image:
+    if isinstance(array, torch.Tensor):
+        array = array.detach().cpu()
+        array = (array.float() if array.is_floating_point() else array).numpy()  # numpy has no bfloat16
+    shape = array.shape
+    if array.ndim == 3:
+        if input_data_format is None:
+            known = (1, 3, 4) if {shape[0], shape[2]} & {1, 3, 4} else (2,)
+            input_data_format = infer_channel_dimension_format(array, num_channels=known)
+        if input_data_format == ChannelDimension.FIRST:
+            array = array.transpose(1, 2, 0)
+    else:
+        array = array[..., None]
+    if array.ndim != 3 or array.shape[2] not in (1, 2, 3, 4) or not array.size:
+        raise ValueError(f"An image must be (H, W), (C, H, W) or (H, W, C) with C from 1 to 4, got {tuple(shape)}.")
+    return Image.fromarray(_to_8_bits(array[..., 0] if array.shape[2] == 1 else array))
+
+
+def _to_8_bits(values: np.ndarray) -> np.ndarray:
+    """Values of any type to uint8, see `to_rgb`."""
+    if values.dtype == np.uint8:
+        return values
+    low, high = float(values.min()), float(values.max())
+    if values.dtype == bool:
+        top = 1
+    elif values.dtype.kind == "u" and values.dtype.itemsize == 2:  # of either byte order
+        top = 65535
+    elif values.dtype.kind == "f" and high <= 1:
+        top = 1
+    else:
+        top = 255 if high <= 255 else 65535
+    if not 0 <= low <= high <= top:  # nor NaN
+        raise ValueError(
+            f"The values of an image must be in [0, 1], [0, 255] or [0, 65535], got [{low:g}, {high:g}]: undo what "
+            "normalised them, or clamp them."
+        )
+    return np.round(values * (255 / top)).astype(np.uint8)
 
 
 class VQRAEImageProcessor(TorchvisionBackend):
     """Shorter side resized (bicubic, antialiased), centre crop, pixels in [0, 1]. Nothing is normalised: the model does
-    that inside. Transparent images are composited on white.
+    that inside.
+
+    Takes PIL images of any mode, numpy arrays and torch tensors, grey, RGB or with alpha, channels first or last, one
+    or a batch; paths, URLs and base64 strings; and lists of these, mixed or nested. All become 8-bit RGB first, by
+    `to_rgb`, so that one picture has the same pixels in whichever form it comes. Floats may be in [0, 1] or [0, 255],
+    each image by itself. With `do_rescale=False` those in [0, 1] stay there, and all else becomes levels, 0 to 255.
 
     Args:
         size (`dict`, defaults to `{"shortest_edge": 256}`): length of the shorter side in pixels.
@@ -30,17 +162,53 @@ class VQRAEImageProcessor(TorchvisionBackend):
         """The processor of a model with `config.image_size` pixels a side."""
         return cls(size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size})
 
-    def convert_to_rgb(self, image):
-        """PIL image of any mode to RGB, on white where it is transparent. Other inputs pass through."""
-        if not hasattr(image, "getbands"):
-            return image
-        if "A" in image.getbands() or "transparency" in image.info:
-            image = image.convert("RGBA")
-            canvas = image.copy()
-            canvas.paste((255, 255, 255, 255), (0, 0, *image.size))
-            canvas.alpha_composite(image)
-            image = canvas
-        return image.convert("RGB")
+    def fetch_images(self, image_url_or_urls):
+        """Paths of files, URLs (http, https), base64 strings and `data:image/` URIs to PIL images in RGB; lists of them
+        to lists. Images pass through.
+
+        Raises:
+            ValueError: none of these, or no image there.
+        """
+        if not isinstance(image_url_or_urls, (str, os.PathLike)):
+            return super().fetch_images(image_url_or_urls)
+        source = os.fspath(image_url_or_urls)
+        name = source if len(source) <= 200 else source[:200] + "..."
+        if source.startswith(("http://", "https://")):
+            try:
+                source = httpx.get(source, follow_redirects=True, timeout=60).raise_for_status().content
+            except httpx.HTTPError as error:
+                raise ValueError(f"Cannot fetch the image {name}: {error}") from error
+        elif not os.path.isfile(source):
+            encoded = source.split(",", 1)[-1] if source.startswith("data:image/") else source
+            try:
+                source = base64.b64decode("".join(encoded.split()), validate=True)
+            except ValueError:
+                raise ValueError(
+                    f"images: '{name}' is no file, URL (http, https) or base64 string: is the path right?"
+                ) from None
+        return read_image(source, name)
+
+    def _prepare_images_structure(self, images, expected_ndims: int = 3) -> list:
+        """Any nesting of images and batches to one list of images. (transformers' own refuses arrays (H, W).)"""
+        images = self.fetch_images(images)
+        if isinstance(images, (list, tuple)):
+            return [image for part in images for image in self._prepare_images_structure(part)]
+        return list(images) if getattr(images, "ndim", 0) == expected_ndims + 1 else [images]
+
+    def convert_to_rgb(self, image, input_data_format: str | None = None) -> Image.Image:
+        """See `to_rgb`."""
+        return to_rgb(image, input_data_format=input_data_format)
+
+    def process_image(
+        self, image, do_convert_rgb=None, input_data_format=None, device=None, do_rescale=None, **kwargs
+    ) -> torch.Tensor:
+        """One image to (3, H, W), levels in uint8, on `device`, or that of the image."""
+        if not do_convert_rgb:  # left to the caller
+            return super().process_image(image, do_convert_rgb, input_data_format, device, **kwargs)
+        pixels = pil_to_tensor(self.convert_to_rgb(image, input_data_format))
+        if not (do_rescale or isinstance(image, Image.Image)) and "float" in str(image.dtype) and image.max() <= 1:
+            pixels = pixels / 255
+        return pixels.to(device or getattr(image, "device", "cpu"))
 
     def postprocess(self, pixel_values: torch.Tensor) -> list:
         """Pixels from the model, (B, 3, H, W), nominally in [0, 1], to a list of B PIL images: clamped and rounded.

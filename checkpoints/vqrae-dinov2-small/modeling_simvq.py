@@ -526,6 +526,25 @@ PIXEL_STATISTICS = {
 }
 
 
+def read_pixel_statistics(
+    name_or_path: str, model_type: str, **hub_kwargs
+) -> tuple[dict[str, list[float]], int | None]:
+    """`image_mean` and `image_std` that an encoder was trained with, and the side of its images where its processor
+    tells; no statistics, where neither that nor `PIXEL_STATISTICS` has them.
+
+    Args:
+        name_or_path: of the encoder.
+        model_type: of its vision model.
+        hub_kwargs: `revision`, `token`, ...
+    """
+    try:
+        processor = AutoImageProcessor.from_pretrained(name_or_path, **hub_kwargs)
+        statistics, size = (processor.image_mean, processor.image_std), (processor.crop_size or processor.size).height
+    except OSError:  # no preprocessor_config.json
+        statistics, size = PIXEL_STATISTICS.get(model_type, ()), None
+    return dict(zip(("image_mean", "image_std"), map(list, statistics))), size
+
+
 # What the vision models of transformers are made of, by the names of their parts.
 _LAST_NORMS = ("layernorm", "post_layernorm", "norm")
 _HEADS = ("head", "pooler")
@@ -660,20 +679,14 @@ class VQRAEModel(ImageTokenizer):
                 f"{pretrained_model_name_or_path} holds a model of type '{encoder_config.model_type}' without image "
                 "and patch sizes: it is not a vision transformer."
             )
-        try:
-            processor = AutoImageProcessor.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
-            statistics = processor.image_mean, processor.image_std
-            # DINOv2 has positions for 518 px, but is used at the 224 px of its processor
-            own_size = (processor.crop_size or processor.size).height or own_size
-        except OSError:  # no preprocessor_config.json
-            statistics = PIXEL_STATISTICS.get(encoder_config.model_type)
+        statistics, size = read_pixel_statistics(pretrained_model_name_or_path, encoder_config.model_type, **hub_kwargs)
+        own_size = size or own_size  # DINOv2 has positions for 518 px, but is used at the 224 px of its processor
+        config = {**statistics, **config}
         if "image_mean" not in config or "image_std" not in config:
-            if statistics is None:
-                raise ValueError(
-                    f"{pretrained_model_name_or_path} has no preprocessor_config.json, and the pixel statistics of "
-                    f"'{encoder_config.model_type}' are not known here: pass image_mean and image_std."
-                )
-            config = {"image_mean": list(statistics[0]), "image_std": list(statistics[1]), **config}
+            raise ValueError(
+                f"{pretrained_model_name_or_path} has no preprocessor_config.json, and the pixel statistics of "
+                f"'{encoder_config.model_type}' are not known here: pass image_mean and image_std."
+            )
 
         patch, own_size = (
             size[0] if isinstance(size, (list, tuple)) else size for size in (encoder_config.patch_size, own_size)
