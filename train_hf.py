@@ -75,7 +75,7 @@ class ModelArguments:
         metadata={
             "help": "Where the codes of a new model start: kmeans fits them to latents of training images, which takes "
             "a while and keeps them in use; gaussian is the SimVQ reference's, which collapses on the features of an "
-            "encoder. Default: kmeans, but gaussian behind a learnable projection (codebook_dim)."
+            "encoder. Default: kmeans, but gaussian behind a learnable projection (codebook_dim without pixel_weight)."
         },
     )
     stage: int | None = field(
@@ -191,7 +191,7 @@ def load_model(args: ModelArguments, hub: dict) -> ImageTokenizer:
     if args.stage is not None:
         config["freeze_encoder"] = args.stage == 1
     if not args.model_name_or_path and config.get("use_simvq", True):
-        default = "gaussian" if config.get("codebook_dim") else "kmeans"
+        default = "gaussian" if config.get("codebook_dim") and not config.get("pixel_weight") else "kmeans"
         config.setdefault("codebook_init", args.codebook_init or default)
     if not args.model_name_or_path:
         check_fields(VQRAEConfig, config, "A new model")
@@ -223,7 +223,7 @@ def load_data(args: DataArguments, training_args: VQRAETrainingArguments, skippe
         eval_files = find_images(args.eval_data or args.train_data) if local else None
     else:
         train_files, eval_files = split_files(find_images(args.train_data), args.holdout, args.group_separator)
-        train = dataset_of_files(train_files, args.train_data if os.path.isdir(args.train_data) else None)
+        train = dataset_of_files(train_files, args.train_data if Path(args.train_data).is_dir() else None)
         listing = Path(training_args.output_dir) / "heldout_images.txt"
     if eval_files is None:
         held_out = load_images(args.eval_data or args.train_data, args.eval_split, **hub)

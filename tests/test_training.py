@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -226,6 +227,16 @@ def test_losses_equal_their_formulas():
     total, terms = ReconstructionLoss(0.5, 2.0, 0.0, "vgg")(x, y)
     assert set(terms) == {"l1", "l2"}
     torch.testing.assert_close(total, 0.5 * (x - y).abs().mean() + 2 * (x - y).pow(2).mean())
+
+
+def test_loss_on_gradients_counts_steps_and_no_offsets():
+    torch.manual_seed(0)
+    x, y = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16)
+    total, _ = ReconstructionLoss(0.0, 0.0, 0.0, "vgg", gradient_weight=3.0)(x, y)
+    down = np.abs(np.diff(x.numpy(), axis=2) - np.diff(y.numpy(), axis=2)).mean()
+    across = np.abs(np.diff(x.numpy(), axis=3) - np.diff(y.numpy(), axis=3)).mean()
+    assert total.item() == pytest.approx(3 * (down + across) / 2, rel=1e-5)
+    assert ReconstructionLoss(0.0, 0.0, 0.0, "vgg", gradient_weight=1.0)(x + 0.25, x)[0] < 1e-6
 
 
 @pytest.mark.skipif("VQRAE_ASSETS" not in os.environ, reason="VQRAE_ASSETS is not set: no LPIPS weights")

@@ -13,6 +13,13 @@ class VQRAETrainingArguments(TrainingArguments):
 
     l1_weight: float = field(default=0.0, metadata={"help": "Weight of the mean absolute pixel error."})
     l2_weight: float = field(default=1.0, metadata={"help": "Weight of the mean squared pixel error."})
+    gradient_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the mean absolute error of differences between neighbouring pixels, against a visible "
+            "grid of patches."
+        },
+    )
     lpips_weight: float = field(
         default=1.1,
         metadata={
@@ -44,6 +51,20 @@ class VQRAETrainingArguments(TrainingArguments):
     )
     quantizer_lr_multiplier: float = field(
         default=1.0, metadata={"help": "Learning rate of the quantizer, as a multiple of --learning_rate."}
+    )
+    codebook_init_images: int | None = field(
+        default=None,
+        metadata={
+            "help": "Crops of training images to which k-means codes, fused latents and the linear path are fitted. "
+            "Default: as many as give 32 latents a code, and up to 256 where there are few codes."
+        },
+    )
+    train_projections: bool = field(
+        default=False,
+        metadata={
+            "help": "Train the projections of fused latents (pixel_weight) in stage 1, too. Default: they stay as "
+            "fitted; stage 2 trains them with the encoder, the one in front at its learning rate."
+        },
     )
     token_passes: int = field(
         default=0,
@@ -126,7 +147,7 @@ class VQRAETrainingArguments(TrainingArguments):
             self.discriminator_start_step = self.gan_start_step
         if not (self.l1_weight or self.l2_weight or self.lpips_weight):
             raise ValueError("l1_weight, l2_weight and lpips_weight are all 0: nothing would train the decoder.")
-        for name in ("quantizer_lr_multiplier", "gan_weight", "lecam_weight", "distillation_weight"):
+        for name in ("quantizer_lr_multiplier", "gradient_weight", "gan_weight", "lecam_weight", "distillation_weight"):
             if not (getattr(self, name) or 0) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
         if self.bf16_full_eval or self.fp16_full_eval:
@@ -142,6 +163,8 @@ class VQRAETrainingArguments(TrainingArguments):
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got '{getattr(self, name)}'.")
+        if self.codebook_init_images is not None and self.codebook_init_images < 1:
+            raise ValueError(f"codebook_init_images must be at least 1, got {self.codebook_init_images}.")
         if self.token_passes < 0:
             raise ValueError(f"token_passes must not be negative, got {self.token_passes}.")
         if self.max_nonfinite_steps < 1:

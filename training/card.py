@@ -237,13 +237,21 @@ def _training(trainer, config, provenance: Provenance) -> str:
         lines.append(
             f"The decoder alone was trained, on tokens computed once (crops of each image: {args.token_passes})."
         )
-    weights = {"l1": args.l1_weight, "l2": args.l2_weight, f"LPIPS ({args.lpips_network})": args.lpips_weight}
+    weights = {"l1": args.l1_weight, "l2": args.l2_weight, "gradients": args.gradient_weight}
+    weights |= {f"LPIPS ({args.lpips_network})": args.lpips_weight}
     weights |= {"ConvNeXt-S": args.convnext_weight, "codebook": args.vq_weight}
     weights |= {"distillation": args.distillation_weight if trainer.teacher else 0}
     weights |= {f"GAN ({args.discriminator})": args.gan_weight}
     lines.append("Losses: " + ", ".join(f"{name} {weight:g}" for name, weight in weights.items() if weight) + ".")
     if config.codebook_init_latents:
         lines.append(f"The codes began as k-means centroids of {config.codebook_init_latents:,} latents.")
+    if fit := getattr(config, "latents_fit", None):
+        lines.append(
+            f"Fused latents (encoder layers {config.encoder_layers}, pixel weight {config.pixel_weight:g}) were fitted "
+            f"to {fit['images']:,} crops, {fit['tokens']:,} tokens: {config.codebook_dim} directions keep "
+            f"{fit['variance_kept']:.1%} of the variance, and the first layers predict pixels with "
+            f"{fit['pixels_psnr']:.1f} dB."
+        )
     if provenance.recipe:
         digest = hashlib.sha256(_recipe(provenance).encode()).hexdigest()
         lines.append(f"All options: `{RECIPE}` (SHA-256 `{digest}`).")

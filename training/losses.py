@@ -90,6 +90,13 @@ class ConvNextLoss(nn.Module):
         return F.mse_loss(self._logits(reconstruction), target)
 
 
+def gradient_loss(reconstruction: torch.Tensor, original: torch.Tensor) -> torch.Tensor:
+    """Mean absolute error of the differences between neighbouring pixels, down and across, of (B, 3, H, W). A step
+    across the border of a patch counts by its height, where errors of the pixels beside it may be small."""
+    errors = reconstruction - original
+    return (errors.diff(dim=2).abs().mean() + errors.diff(dim=3).abs().mean()) / 2
+
+
 class ReconstructionLoss(nn.Module):
     """Weighted sum of pixel and perceptual losses, and its terms by name (unweighted). A weight of 0 leaves a term out.
 
@@ -101,6 +108,7 @@ class ReconstructionLoss(nn.Module):
         l1_weight, l2_weight: mean absolute and mean squared error over all pixels.
         lpips_weight, lpips_network: see [`PerceptualLoss`].
         convnext_weight: see [`ConvNextLoss`].
+        gradient_weight: see [`gradient_loss`].
         folder: of the weights of both.
     """
 
@@ -112,9 +120,11 @@ class ReconstructionLoss(nn.Module):
         lpips_network: str,
         convnext_weight: float = 0.0,
         folder: str | None = None,
+        gradient_weight: float = 0.0,
     ) -> None:
         super().__init__()
-        self.weights = {"l1": l1_weight, "l2": l2_weight, "lpips": lpips_weight, "convnext": convnext_weight}
+        self.weights = {"l1": l1_weight, "l2": l2_weight, "gradient": gradient_weight}
+        self.weights |= {"lpips": lpips_weight, "convnext": convnext_weight}
         self.lpips = PerceptualLoss(lpips_network, folder) if lpips_weight else None
         self.convnext = ConvNextLoss(folder) if convnext_weight else None
 
@@ -122,7 +132,8 @@ class ReconstructionLoss(nn.Module):
         self, reconstruction: torch.Tensor, original: torch.Tensor
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """(B, 3, H, W) each -> the weighted sum and the terms."""
-        losses = {"l1": F.l1_loss, "l2": F.mse_loss, "lpips": self.lpips, "convnext": self.convnext}
+        losses = {"l1": F.l1_loss, "l2": F.mse_loss, "gradient": gradient_loss}
+        losses |= {"lpips": self.lpips, "convnext": self.convnext}
         images = reconstruction.float(), original.float()
         with torch.autocast(reconstruction.device.type, enabled=False):
             terms = {name: losses[name](*images) for name, weight in self.weights.items() if weight}

@@ -18,7 +18,14 @@ from reading.images import image_name
 from training.data import TrainTransform, collate
 
 
-SEEN = ("encoder_layers", "encoder_input_size", "decoder_patch_size", "image_mean", "image_std")  # of a configuration
+SEEN = (
+    "encoder_layers",
+    "pixel_weight",
+    "encoder_input_size",
+    "decoder_patch_size",
+    "image_mean",
+    "image_std",
+)  # of a configuration
 
 
 def tokenize_crops(
@@ -54,7 +61,7 @@ def tokenize_crops(
     crops = transform.image_size, transform.seed, transform.min_crop_area
     seen = [getattr(model.config, name, None) for name in SEEN]
     digest = hashlib.sha256(json.dumps([images, crops, seen]).encode())
-    for part in (model.encoder, model.quantizer):
+    for part in (model.encoder, model.project_in, model.quantizer):
         for tensor in part.state_dict().values():
             digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
     made_from = {"made_from": digest.hexdigest()}

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -63,6 +64,37 @@ class EpochOfCrops(TrainerCallback):
         self.transform.set_epoch(self._epoch)
 
 
+class CropsToFit:
+    """Batches of crops of the training images, the same ones whenever they are read.
+
+    Args:
+        trainer: has the images.
+        count: crops for this process.
+    """
+
+    def __init__(self, trainer: "VQRAETrainer", count: int) -> None:
+        self.trainer, self.count = trainer, count
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        trainer, seen, passes = self.trainer, 0, 0
+        torch.default_generator.manual_seed(trainer.args.seed + trainer.accelerator.process_index)
+        progress = tqdm(
+            total=self.count, desc="Crops for the codebook", unit="crop", disable=not trainer.is_local_process_zero()
+        )
+        with progress:
+            while seen < self.count:
+                passes += 1
+                if trainer.train_transform:
+                    trainer.train_transform.set_epoch(-passes)  # other crops in every pass, and not those of training
+                for batch in trainer.get_train_dataloader():
+                    pixels = batch["pixel_values"][: self.count - seen]
+                    seen += len(pixels)
+                    progress.update(len(pixels))
+                    yield pixels
+                    if seen >= self.count:
+                        return
+
+
 class VQRAETrainer(MonitoringTrainer):
     """Trains an [`ImageTokenizer`], such as a [`VQRAEModel`], on `pixel_values`.
 
@@ -100,6 +132,9 @@ class VQRAETrainer(MonitoringTrainer):
         if self.is_deepspeed_enabled:
             raise ValueError("DeepSpeed is not supported: `accelerate launch --multi_gpu` (DDP) and FSDP are.")
         self.add_callback(SaveModelingCode())
+        if getattr(model.config, "pixel_weight", None) and model.config.freeze_encoder:  # they stay as fitted
+            for projection in (model.project_in, model.project_out):
+                projection.requires_grad_(args.train_projections)
         if args.token_passes:
             self._check_token_passes()
             model.quantizer.requires_grad_(False)  # other codes would need other tokens
@@ -132,8 +167,8 @@ class VQRAETrainer(MonitoringTrainer):
         model, reason = self.model, None
         if not model.config.freeze_encoder:
             reason = "the encoder is trained (stage 2)"
-        elif next(model.project_in.parameters(), None) is not None:
-            reason = "a learnable projection is in front of the quantizer (codebook_dim)"
+        elif any(parameter.requires_grad for parameter in model.project_in.parameters()):
+            reason = "a projection in front of the quantizer is trained (codebook_dim, or --train_projections)"
         elif model.config.codebook_init != "kmeans" and model.config.codebook_init_latents is None:
             reason = "the codes are not fitted to latents (codebook_init is not kmeans), they would stay as they are"
         elif not isinstance(self.train_dataset, datasets.Dataset) or self.train_transform is None:
@@ -150,7 +185,7 @@ class VQRAETrainer(MonitoringTrainer):
         error, loss = None, None
         with self.accelerator.local_main_process_first():  # which downloads
             try:
-                loss = ReconstructionLoss(*weights, args.perceptual_weights)
+                loss = ReconstructionLoss(*weights, args.perceptual_weights, args.gradient_weight)
             except RuntimeError as caught:
                 error = caught
         errors = [str(error) if error else None]
@@ -163,7 +198,9 @@ class VQRAETrainer(MonitoringTrainer):
         if not args.perceptual_optional or not (args.l1_weight or args.l2_weight):
             raise RuntimeError(message) from error
         logger.warning(f"{message} --perceptual_optional is set: training without LPIPS and ConvNeXt-S.")
-        return ReconstructionLoss(args.l1_weight, args.l2_weight, 0.0, args.lpips_network)
+        return ReconstructionLoss(
+            args.l1_weight, args.l2_weight, 0.0, args.lpips_network, gradient_weight=args.gradient_weight
+        )
 
     # Optimizers ------------------------------------------------------------------------------------------------------
 
@@ -173,9 +210,12 @@ class VQRAETrainer(MonitoringTrainer):
         created = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if created:
-            part = {}
-            for name, parameter in self.accelerator.unwrap_model(self.model).named_parameters():
-                part[id(parameter)] = name.split(".")[0] if name.startswith(("encoder.", "quantizer.")) else "decoder"
+            model, part = self.accelerator.unwrap_model(self.model), {}
+            fused = getattr(model.config, "pixel_weight", None) is not None
+            for name, parameter in model.named_parameters():
+                of = name.split(".")[0] if name.startswith(("encoder.", "quantizer.")) else "decoder"
+                # fitted to the encoder, it moves with it, as slowly
+                part[id(parameter)] = "encoder" if fused and name.startswith("project_in.") else of
             base = self.args.learning_rate
             rates = {"decoder": base, "quantizer": base * self.args.quantizer_lr_multiplier}
             encoder = self.args.encoder_learning_rate
@@ -203,7 +243,9 @@ class VQRAETrainer(MonitoringTrainer):
         checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
         if checkpoint:
             saved = type(config).from_pretrained(checkpoint)
-            config.codebook_init, config.codebook_init_latents = saved.codebook_init, saved.codebook_init_latents
+            for name in ("codebook_init", "codebook_init_latents", "latents_fit"):
+                if hasattr(config, name):
+                    setattr(config, name, getattr(saved, name))
         elif not resume_from_checkpoint and config.codebook_init == "kmeans" and config.codebook_init_latents is None:
             self.initialize_codebook()
         self._check_codebook()
@@ -246,45 +288,28 @@ class VQRAETrainer(MonitoringTrainer):
             )
 
     def initialize_codebook(self) -> None:
-        """Fits the codes to crops of the training images, see [`VQRAEModel.initialize_codebook`]: 32 latents a code,
-        and for few codes up to 256 (`benchmarks/collapse.py`)."""
+        """Fits the codes, and what else the model has to fit, to crops of the training images, see
+        [`VQRAEModel.initialize_codebook`]: `codebook_init_images` of them, or 32 latents a code, and for few codes up
+        to 256 (`benchmarks/collapse.py`)."""
         model = self.accelerator.unwrap_model(self.model).to(self.args.device)  # FSDP's is not there yet
-        codes = model.config.codebook_size
-        latents_per_code = max(32, min(256, 2**18 // codes))
-        needed = math.ceil(latents_per_code * codes / self.accelerator.num_processes)
+        codes, count = model.config.codebook_size, self.accelerator.num_processes
         size = self.train_transform.image_size if self.train_transform else model.config.image_size
-        crops = math.ceil(needed / (size // model.config.decoder_patch_size) ** 2) * self.accelerator.num_processes
+        latents = (size // model.config.decoder_patch_size) ** 2
+        crops = self.args.codebook_init_images
+        if crops is None:
+            crops = math.ceil(max(32, min(256, 2**18 // codes)) * codes / latents)
+        crops = CropsToFit(self, math.ceil(crops / count))
         if self.is_world_process_zero():
             known = isinstance(self.train_dataset, datasets.Dataset)
-            each = f", {crops / len(self.train_dataset):.1f} of each image" if known else ""
+            each = f", {crops.count * count / len(self.train_dataset):.1f} of each image" if known else ""
+            twice = " twice" if getattr(model.config, "pixel_weight", None) else ""
             print(
-                f"k-means for {codes:,} codes: {latents_per_code * codes:,} latents of {crops:,} crops{each} are read "
-                "and encoded, and then clustered.",
+                f"k-means for {codes:,} codes: {crops.count * count * latents:,} latents of {crops.count * count:,} "
+                f"crops{each} are read and encoded{twice}, and then clustered.",
                 flush=True,
             )
         state = torch.random.get_rng_state()
-        torch.default_generator.manual_seed(self.args.seed + self.accelerator.process_index)
-        progress = tqdm(
-            total=needed, desc="Latents for the codebook", unit="latent", disable=not self.is_local_process_zero()
-        )
-
-        def batches():
-            seen = passes = 0
-            while seen < needed:
-                passes += 1
-                if self.train_transform:
-                    self.train_transform.set_epoch(-passes)  # other crops in every pass, and not those of training
-                for batch in self.get_train_dataloader():
-                    patches = batch["pixel_values"][0, 0].numel() // model.config.decoder_patch_size**2
-                    latents = len(batch["pixel_values"]) * patches
-                    progress.update(min(latents, needed - seen))
-                    seen += latents
-                    yield batch
-                    if seen >= needed:
-                        return
-
-        with progress:
-            model.initialize_codebook(batches(), latents_per_code, seed=self.args.seed)
+        model.initialize_codebook(crops, math.ceil(crops.count * count * latents / codes), seed=self.args.seed)
         torch.random.set_rng_state(state)
 
     # Steps -----------------------------------------------------------------------------------------------------------
