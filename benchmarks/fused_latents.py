@@ -1,0 +1,245 @@
+#!/usr/bin/env python
+"""What to quantize: the map of the trade between painting and meaning, without training and after some minutes of it.
+
+    python -m benchmarks.fused_latents --encoder DINOV2_SMALL --train_data images --heldout photos=PHOTOS emoji=EMOJI \\
+        --output_dir runs/fused
+
+Every row of --config (configs/fused_latents.json) is a model whose latents, codes and linear path are fitted to the
+same training images (`initialize_codebook`). For each set of held-out images the table has
+
+- PSNR and blocking before any step, and PSNR after --minutes of training the decoder on tokens (mean absolute error);
+- lost: share of the last layer's variance that is lost between encoder and codes (1 - R2), on the first set;
+- used: share of the codes that its tokens use;
+- kNN: with --probe FOLDER_WITH_CLASSES, accuracy on the quantized features over that on the encoder's own.
+
+A row that is done is not done again. Writes results.json, table.md and map.png.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from eval.blocking.blocking import blocking_of, count_steps
+from tqdm import tqdm
+
+from eval.commands import ends_in_one_line
+from eval.files import write_whole
+from eval.metrics import to_uint8
+from eval.pictures import save_rows
+from eval.probe import accuracy_of_neighbours, encode_files, labelled_images
+from eval.psnr.psnr import psnr_per_image
+from image_processing_simvq import VQRAEImageProcessor
+from modeling_simvq import VQRAEModel
+from reading.sources import dataset_of_files, find_images
+from training.data import EvalTransform, sample_indices
+
+
+def read(path: str, size: int, count: int | None, seed: int = 0) -> torch.Tensor:
+    """(B, 3, size, size) in [0, 1] of the images of a folder or list, at most `count`, chosen by the seed."""
+    files = find_images(path)
+    chosen = [files[i] for i in sample_indices(len(files), count or len(files), seed)]
+    transform = EvalTransform(VQRAEImageProcessor.for_image_size(size))
+    records = dataset_of_files(chosen)["image"]
+    return torch.stack(
+        [transform({"image": [record]})["pixel_values"][0] for record in tqdm(records, desc=f"Reading {path}")]
+    )
+
+
+@torch.no_grad()
+def tokens_of(model: VQRAEModel, pixels: torch.Tensor, batch_size: int = 16) -> torch.Tensor:
+    """(B, h, w), on the CPU."""
+    return torch.cat([model.get_image_tokens(part.to(model.device)).cpu() for part in pixels.split(batch_size)])
+
+
+@torch.no_grad()
+def measure(model: VQRAEModel, pixels: torch.Tensor) -> tuple[dict[str, float], torch.Tensor]:
+    """PSNR, blocking and used codes of held-out images; and the reconstructions."""
+    model.eval()
+    tokens = tokens_of(model, pixels)
+    fake = torch.cat([model.decode(part.to(model.device)).decoded_pixel_values.cpu() for part in tokens.split(16)])
+    eight = to_uint8(fake), to_uint8(pixels)
+    steps = [count_steps(images, model.config.decoder_patch_size) for images in eight]
+    numbers = {
+        "psnr": psnr_per_image(eight[0] / 255, eight[1] / 255).mean().item(),
+        "blocking": blocking_of(*steps),
+        "used": len(tokens.unique()) / model.config.codebook_size,
+    }
+    return numbers, fake.clamp(0, 1)
+
+
+@torch.no_grad()
+def lost(model: VQRAEModel, train: torch.Tensor, held_out: torch.Tensor) -> float:
+    """Share of the variance of the last layer's features that is not explained by the codes: of fused latents by what
+    comes back from them, of others by the mean feature that each code had in training."""
+
+    def parts(pixels: torch.Tensor):
+        for part in pixels.split(16):
+            yield model.encode(part.to(model.device))
+
+    width, explained = model.config.hidden_size, None
+    if not model.config.pixel_weight:
+        sums = torch.zeros(model.config.codebook_size, width, device=model.device)
+        for encoded in parts(train):
+            sums.index_add_(0, encoded.image_tokens.flatten(), encoded.last_hidden_state.flatten(0, 1))
+        counts = model.quantizer.get_codebook_counts().clamp_min(1)
+        explained = sums / counts[:, None]
+    error = total = squares = count = 0
+    for encoded in parts(held_out):
+        features = encoded.last_hidden_state.flatten(0, 1).double()
+        quantized = encoded.quantized_last_hidden_state[..., :width].flatten(0, 1)
+        if explained is not None:
+            quantized = explained[encoded.image_tokens.flatten()]
+        error += (features - quantized).square().sum(0)
+        total, squares, count = total + features.sum(0), squares + features.square().sum(0), count + len(features)
+    return (error.sum() / (squares - total.square() / count).sum()).item()
+
+
+def train_decoder(model: VQRAEModel, pixels: torch.Tensor, minutes: float, batch_size: int = 8) -> int:
+    """AdamW at 1e-3, warmed up and then falling to zero over the time; returns the number of steps."""
+    tokens = tokens_of(model, pixels)
+    model.train()
+    parameters = [*model.decoder.parameters()]
+    optimizer = torch.optim.AdamW(parameters, 1e-3, weight_decay=0.05)
+    generator, start, steps = torch.Generator().manual_seed(0), time.monotonic(), 0
+    bar = tqdm(total=round(60 * minutes), desc="Training the decoder", unit="s")
+    while (spent := (time.monotonic() - start) / (60 * minutes)) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * min(1, (steps + 1) / 50) * (1 - spent)
+        chosen = torch.randint(len(pixels), (batch_size,), generator=generator)
+        target = pixels[chosen].to(model.device)
+        output = model(target, image_tokens=tokens[chosen].to(model.device), return_loss=False)
+        optimizer.zero_grad()
+        F.l1_loss(output.decoded_pixel_values, target).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        steps += 1
+        bar.update(round(60 * minutes * spent) - bar.n)
+    bar.close()
+    return steps
+
+
+def row(fields: dict, args: argparse.Namespace, data: dict, output: Path) -> dict:
+    """Everything of one row; its pictures are written."""
+    torch.manual_seed(0)
+    model = VQRAEModel.from_encoder_pretrained(args.encoder, **fields).eval().to(args.device)
+    start = time.monotonic()
+    model.initialize_codebook(data["train"].split(16), latents_per_code=args.latents_per_code)
+    numbers = {"fit_seconds": time.monotonic() - start, "latents_fit": model.config.latents_fit}
+    rows = {}
+    for name, pixels in data["heldout"].items():
+        numbers[name], fake = measure(model, pixels)
+        rows[name] = [pixels[:12], fake[:12]]
+    numbers["lost"] = lost(model, data["train"], next(iter(data["heldout"].values())))
+    if data["probe"]:
+        processor = VQRAEImageProcessor.for_image_size(model.config.image_size)
+        vectors = encode_files(model, data["probe"]["files"], processor, args.device, 16)
+        scores = {name: accuracy_of_neighbours(vectors[name], data["probe"]["labels"]) for name in vectors}
+        numbers["probe"] = {name: score.mean().item() for name, score in scores.items() if name != "bags of tokens"}
+    if args.minutes:
+        numbers["steps"] = train_decoder(model, data["train"], args.minutes)
+        for name, pixels in data["heldout"].items():
+            trained, fake = measure(model, pixels)
+            numbers[name] |= {f"trained_{key}": value for key, value in trained.items()}
+            rows[name].append(fake[:12])
+    for name, pictures in rows.items():
+        save_rows(pictures, output / f"{name}.png", columns=12)
+    return numbers
+
+
+def table(results: dict, sets: list[str]) -> str:
+    """Markdown."""
+    trained = any("steps" in numbers for numbers in results.values())
+    heads = [f"{name}: PSNR, blocking" + (", after training" if trained else "") for name in sets]
+    lines = [f"| what is quantized | {' | '.join(heads)} | lost | used | kNN |"]
+    lines.append(f"| --- |{' ---: |' * (len(heads) + 3)}")
+    for name, numbers in results.items():
+        cells = []
+        for part in sets:
+            cell = f"{numbers[part]['psnr']:.2f}, {numbers[part]['blocking']:.2f}"
+            if "trained_psnr" in numbers[part]:
+                cell += f", {numbers[part]['trained_psnr']:.2f}, {numbers[part]['trained_blocking']:.2f}"
+            cells.append(cell)
+        probe = numbers.get("probe")
+        kept = f"{probe['quantized features'] / probe['encoder features']:.2f}" if probe else "-"
+        cells += [f"{numbers['lost']:.3f}", f"{numbers[sets[0]]['used']:.1%}", kept]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(results: dict, sets: list[str], path: Path) -> None:
+    """PSNR over the share of the last layer that is lost, a point for each row and set."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(sets), figsize=(6 * len(sets), 5), squeeze=False)
+    for axis, part in zip(axes[0], sets):
+        for name, numbers in results.items():
+            axis.scatter(numbers["lost"], numbers[part]["psnr"], s=16, color="C0")
+            axis.annotate(
+                name, (numbers["lost"], numbers[part]["psnr"]), fontsize=7, xytext=(3, 3), textcoords="offset points"
+            )
+            if "trained_psnr" in numbers[part]:
+                axis.scatter(numbers["lost"], numbers[part]["trained_psnr"], s=16, color="C1")
+        axis.set(title=f"{part}: before any step (blue), after training (orange)", ylabel="PSNR, dB")
+        axis.set_xlabel("share of the last layer's variance that is lost")
+    figure.tight_layout()
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=110))
+
+
+@ends_in_one_line()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--encoder", required=True, help="A pretrained vision encoder (hub or folder).")
+    parser.add_argument(
+        "--train_data", required=True, help="Images to fit to: a folder, or a .txt file that lists them."
+    )
+    parser.add_argument("--heldout", required=True, nargs="+", help="NAME=PATH of held-out images, the main set first.")
+    parser.add_argument("--config", type=Path, default=Path("configs/fused_latents.json"), help="The rows.")
+    parser.add_argument("--rows", nargs="+", help="Names of some of them (default: all).")
+    parser.add_argument("--train_images", type=int, default=400, help="How many to fit to (default: 400).")
+    parser.add_argument("--heldout_images", type=int, default=60, help="Of each set (default: 60).")
+    parser.add_argument("--latents_per_code", type=int, default=32, help="For k-means (default: 32).")
+    parser.add_argument("--minutes", type=float, default=0.0, help="Train each decoder that long (default: 0, not).")
+    parser.add_argument("--probe", help="A folder whose sub-folders are classes, for kNN.")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: a GPU).")
+    parser.add_argument("--output_dir", required=True, type=Path, help="Where results go.")
+    args = parser.parse_args()
+    settings = json.loads(args.config.read_text())
+    names = args.rows or list(settings["rows"])
+    if unknown := [name for name in names if name not in settings["rows"]]:
+        raise ValueError(f"--rows: {args.config} has no row '{unknown[0]}', only {', '.join(settings['rows'])}.")
+    sets = dict(pair.split("=", 1) for pair in args.heldout)
+    size = settings["common"]["image_size"]
+    data = {"train": read(args.train_data, size, args.train_images)}
+    data["heldout"] = {name: read(path, size, args.heldout_images) for name, path in sets.items()}
+    data["probe"] = None
+    if args.probe:
+        files, labels, _ = labelled_images(Path(args.probe))
+        data["probe"] = {"files": files, "labels": labels}
+    results = {}
+    for number, name in enumerate(names, 1):
+        fused = {} if name in settings["not_fused"] else settings["fused"]
+        fields = settings["common"] | fused | settings["rows"][name]
+        made_from = {"fields": fields, **{key: str(value) for key, value in vars(args).items() if key != "rows"}}
+        folder = args.output_dir / "".join(c if c.isalnum() else "-" for c in name)
+        file = folder / "row.json"
+        done = json.loads(file.read_text()) if file.exists() else {}
+        if done.get("made_from") != json.loads(json.dumps(made_from)):
+            print(f"Row {number} of {len(names)}: {name}", flush=True)
+            done = {"made_from": made_from, "numbers": row(fields, args, data, folder)}
+            write_whole(file, lambda path, done=done: path.write_text(json.dumps(done, indent=2) + "\n"))
+        results[name] = done["numbers"]
+        print(table({name: done["numbers"]}, list(sets)).splitlines()[-1], flush=True)
+    write_whole(args.output_dir / "results.json", lambda path: path.write_text(json.dumps(results, indent=2) + "\n"))
+    write_whole(args.output_dir / "table.md", lambda path: path.write_text(table(results, list(sets))))
+    draw(results, list(sets), args.output_dir / "map.png")
+    print(f"\n{table(results, list(sets))}\n{args.output_dir / 'map.png'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+#!/usr/bin/env python
+"""What of an encoder's understanding its tokens keep: classes of images, told from features, latents and tokens.
+
+    python -m eval.probe --model_name_or_path checkpoints/vqrae-dinov2-small --data FOLDER_WITH_CLASSES \\
+        --output_dir results
+
+FOLDER_WITH_CLASSES has a folder of images for each class, with as many sub-folders as there are. Of each image four
+vectors are made:
+
+encoder features    mean of the continuous features
+quantized features  the same, of what comes back from the codes (`quantized_last_hidden_state`)
+quantized latents   mean of the codes themselves
+bags of tokens      how often each code occurs, as square roots of shares
+
+Each is judged by k nearest neighbours (cosine, standardised) and by logistic regression, both of scikit-learn, in five
+folds that keep the shares of classes. Intervals are those of 1,000 bootstrap samples of the images (95 %); the baseline
+always says the most frequent class. Writes probe.json, probe.md and probe.html.
+"""
+
+import argparse
+import html
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from tqdm import tqdm
+
+from eval.commands import ends_in_one_line
+from eval.files import write_whole
+from eval.networks import weights_hash
+from eval.results import library_versions
+from image_processing_simvq import VQRAEImageProcessor
+from reading.images import decode_image
+from reading.models import load_pretrained, load_processor
+from reading.sources import dataset_of_files, find_images
+
+
+NEIGHBOURS, FOLDS, RESAMPLES = 5, 5, 1000
+
+
+def labelled_images(folder: Path, classes: list[str] | None = None) -> tuple[list[Path], np.ndarray, list[str]]:
+    """Files, the number of the class of each, and the names of the classes: the folders right below `folder`.
+
+    Raises:
+        ValueError: fewer than two classes, a class that is not there, or one with fewer images than there are folds.
+    """
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    if unknown := [name for name in classes or [] if name not in names]:
+        raise ValueError(f"--classes: {folder} has no folder '{unknown[0]}', only {', '.join(names)}.")
+    names = classes or names
+    if len(names) < 2:
+        raise ValueError(f"{folder} has {len(names)} sub-folders: put the images of each class into one of their own.")
+    files, labels = [], []
+    for number, name in enumerate(names):
+        found = find_images(folder / name)
+        if len(found) < FOLDS:
+            raise ValueError(f"{folder / name} has {len(found)} images: {FOLDS} of each class are needed at least.")
+        files, labels = files + found, labels + [number] * len(found)
+    return files, np.array(labels), names
+
+
+@torch.inference_mode()
+def image_vectors(model, images: torch.Tensor, device: str, batch_size: int = 16) -> dict[str, np.ndarray]:
+    """The four vectors of each image, by name, (B, width) each.
+
+    Args:
+        model: an [`ImageTokenizer`] in eval mode on `device`.
+        images: (B, 3, height, width) in [0, 1].
+    """
+    width, codes = model.config.hidden_size, model.config.codebook_size
+    vectors = {"encoder features": [], "quantized features": [], "quantized latents": [], "bags of tokens": []}
+    for batch in images.split(batch_size):
+        encoded = model.encode(batch.to(device))
+        tokens = encoded.image_tokens.flatten(1)
+        counts = torch.zeros(len(tokens), codes, device=device).scatter_add_(1, tokens, torch.ones_like(tokens).float())
+        vectors["encoder features"].append(encoded.last_hidden_state.mean(1))
+        vectors["quantized features"].append(encoded.quantized_last_hidden_state[..., :width].mean(1))
+        vectors["quantized latents"].append(model.quantizer.get_codebook_entry(tokens).mean(1))
+        vectors["bags of tokens"].append((counts / tokens.shape[1]).sqrt())
+    return {name: torch.cat(parts).float().cpu().numpy() for name, parts in vectors.items()}
+
+
+def accuracy_of_neighbours(vectors: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Whether each image's class is found by its nearest neighbours in the other folds, (B,) of 0 and 1."""
+    judge = make_pipeline(StandardScaler(), KNeighborsClassifier(NEIGHBOURS, metric="cosine"))
+    return _right(judge, vectors, labels)
+
+
+def accuracy_of_regression(vectors: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The same by logistic regression."""
+    judge = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=2000))
+    return _right(judge, vectors, labels)
+
+
+def _right(judge, vectors: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
+    return (cross_val_predict(judge, vectors, labels, cv=folds) == labels).astype(float)
+
+
+def interval(right: np.ndarray) -> tuple[float, float]:
+    """95 % of the means of bootstrap samples."""
+    draws = np.random.default_rng(0).integers(len(right), size=(RESAMPLES, len(right)))
+    low, high = np.quantile(right[draws].mean(1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+def probe(vectors: dict[str, np.ndarray], labels: np.ndarray) -> dict:
+    """Accuracies and intervals by the name of the vectors, and the share of the most frequent class as `baseline`."""
+    result = {"baseline": float(np.bincount(labels).max() / len(labels)), "rows": {}}
+    for name, values in tqdm(vectors.items(), desc="Judging", unit="kind"):
+        row = {}
+        for judge, measure in (("knn", accuracy_of_neighbours), ("logistic", accuracy_of_regression)):
+            right = measure(values, labels)
+            row[judge] = {"accuracy": float(right.mean()), "interval": interval(right)}
+        result["rows"][name] = row
+    own = result["rows"]["encoder features"]["knn"]["accuracy"]
+    for row in result["rows"].values():
+        row["knn"]["of_the_encoders"] = row["knn"]["accuracy"] / own if own else None
+    return result
+
+
+def markdown(result: dict) -> str:
+    lines = ["| vectors | kNN | of the encoder's | logistic regression |", "| --- | ---: | ---: | ---: |"]
+
+    def cell(judged: dict) -> str:
+        low, high = judged["interval"]
+        return f"{judged['accuracy']:.1%} ({low:.1%} to {high:.1%})"
+
+    for name, row in result["rows"].items():
+        share = row["knn"]["of_the_encoders"]
+        lines.append(f"| {name} | {cell(row['knn'])} | {share:.2f} | {cell(row['logistic'])} |")
+    lines.append(f"| always the most frequent class | {result['baseline']:.1%} | | {result['baseline']:.1%} |")
+    lines.append(
+        f"\n{result['num_images']} images of {len(result['classes'])} classes: {', '.join(result['classes'])}."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def page(result: dict) -> str:
+    """A page that needs no other file: a bar for each accuracy, with its interval, and all that it depends on."""
+    bars, top = [], 20
+    for judge in ("knn", "logistic"):
+        bars.append(f'<text x="0" y="{top}" font-weight="bold">{judge}</text>')
+        for name, row in result["rows"].items():
+            top += 22
+            accuracy, (low, high) = row[judge]["accuracy"], row[judge]["interval"]
+            bars.append(
+                f'<text x="0" y="{top}">{html.escape(name)}</text><rect x="150" y="{top - 12}" height="14" '
+                f'width="{400 * accuracy:.1f}" fill="#1f77b4"/><path d="M{150 + 400 * low:.1f} {top - 5}H'
+                f'{150 + 400 * high:.1f}" stroke="#000"/><text x="560" y="{top}">{accuracy:.1%}</text>'
+            )
+        bars.append(f'<path d="M{150 + 400 * result["baseline"]:.1f} {top - 100}V{top + 4}" stroke="#d62728"/>')
+        top += 40
+    details = {name: value for name, value in result.items() if name != "rows"}
+    return (
+        '<!doctype html><meta charset="utf-8"><title>Probe</title><style>body{font-family:sans-serif;margin:2em}'
+        f'pre{{white-space:pre-wrap}}</style><h1>What tokens keep</h1><svg width="640" height="{top}" font-size="12">'
+        f"{''.join(bars)}</svg><p>Red: the most frequent class. Lines: 95 % of bootstrap samples.</p>"
+        f"<pre>{html.escape(markdown(result))}</pre><pre>{html.escape(json.dumps(details, indent=2))}</pre>"
+    )
+
+
+@ends_in_one_line()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", required=True, help="A tokenizer: folder or hub repository.")
+    parser.add_argument("--data", required=True, type=Path, help="A folder with a folder of images for each class.")
+    parser.add_argument("--classes", nargs="+", help="Some of these folders (default: all).")
+    parser.add_argument("--image_size", type=int, help="Side of the crops in pixels (default: the model's).")
+    parser.add_argument("--batch_size", type=int, default=16, help="Images at a time (default: 16).")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: a GPU).")
+    parser.add_argument("--output_dir", required=True, type=Path, help="Where the results go.")
+    args = parser.parse_args()
+    if not args.data.is_dir():
+        raise ValueError(f"--data: there is no folder {args.data}.")
+    files, labels, names = labelled_images(args.data, args.classes)
+    model = load_pretrained(args.model_name_or_path, {}).eval().to(args.device)
+    size = args.image_size or model.config.image_size
+    processor = load_processor(args.model_name_or_path, size)
+    print(f"{len(files)} images of {len(names)} classes at {size} px.", flush=True)
+    vectors = encode_files(model, files, processor, args.device, args.batch_size)
+    result = {
+        "model": args.model_name_or_path,
+        "weights_sha256": weights_hash(model),
+        "data": args.data.name,
+        "classes": names,
+        "num_images": len(files),
+        "image_size": size,
+        "neighbours": NEIGHBOURS,
+        "folds": FOLDS,
+        "versions": library_versions(),
+        **probe(vectors, labels),
+    }
+    for name, text in (
+        ("probe.json", json.dumps(result, indent=2)),
+        ("probe.md", markdown(result)),
+        ("probe.html", page(result)),
+    ):
+        write_whole(args.output_dir / name, lambda path, text=text: path.write_text(text))
+    print(f"\n{markdown(result)}\n{args.output_dir / 'probe.html'}")
+
+
+def encode_files(model, files: list[Path], processor: VQRAEImageProcessor, device: str, batch_size: int) -> dict:
+    """`image_vectors` of files, some at a time."""
+    parts, records = [], dataset_of_files(files)["image"]
+    for start in tqdm(range(0, len(files), batch_size), desc="Encoding", unit="batch"):
+        images = [decode_image(record) for record in records[start : start + batch_size]]
+        parts.append(image_vectors(model, processor(images, return_tensors="pt").pixel_values, device))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+if __name__ == "__main__":
+    main()
