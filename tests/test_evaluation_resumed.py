@@ -1,0 +1,136 @@
+"""Evaluations that are interrupted, and those shared among processes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import MeanColors, tiny_config
+from PIL import Image
+from test_loading import ROOT
+
+from eval import reconstruction
+from eval.crops import CroppedImages
+from eval.evaluation import Evaluation, Networks
+from eval.protocol import Protocol
+from eval.reconstruction import ModelReconstruction, evaluate
+from modeling_simvq import VQRAEModel
+from reading.sources import dataset_of_files, find_images
+
+
+def test_an_interrupted_pass_goes_on_and_ends_with_the_same_numbers(tmp_path, image_folder):
+    torch.manual_seed(0)
+    model = VQRAEModel(tiny_config()).eval()
+    protocol, files = Protocol.load("default"), find_images(image_folder)
+    images = CroppedImages(dataset_of_files(files), protocol, 32)
+    seen = []
+
+    def results(stop_after=None, key="same"):
+        reconstruct, calls = ModelReconstruction(model, True), []
+
+        def counted(pixels):
+            if stop_after is not None and len(calls) == stop_after:
+                raise KeyboardInterrupt
+            calls.append(len(pixels))
+            return reconstruct(pixels)
+
+        evaluation = Evaluation(protocol, Networks({"fd_colors": MeanColors()}), 64)
+        try:
+            evaluate(evaluation, images, counted, 5, 0, torch.device("cpu"), tmp_path / "p.pt", key, save_seconds=-1)
+        finally:
+            seen.append(calls)
+        (tmp_path / "p.pt").unlink()
+        return evaluation.compute()[0], evaluation.fingerprint()
+
+    whole = results()
+    with pytest.raises(KeyboardInterrupt):
+        results(stop_after=2)
+    assert results() == whole
+    with pytest.raises(KeyboardInterrupt):
+        results(stop_after=1)
+    assert results(key="other weights") == whole
+    assert seen == [[5, 5, 2], [5, 5], [2], [5], [5, 5, 2]]
+    assert os.listdir(tmp_path) == ["images"]
+
+
+def test_an_interrupted_command_goes_on_unless_something_else_is_asked(command, tmp_path, image_folder, monkeypatch):
+    """The model, the images and the options are those of the progress, or it is not used."""
+    monkeypatch.syspath_prepend(tmp_path)
+    code = "calls = []\n\n\ndef half(pixels):\n    calls.append(len(pixels))\n    return pixels * {}\n"
+    (tmp_path / "halving.py").write_text(code.format(0.5))
+    import halving
+
+    options = ["--callable", "halving:half", "--data", image_folder, "--image_size", 32, "--network_metrics"]
+    options += ["--batch_size", 5, "--output_dir", "out"]
+    expected = command(*options)
+    whole = json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]
+
+    def interrupted() -> list[int]:
+        halving.calls.clear()
+        with monkeypatch.context() as patch:  # after the pass, before anything is written
+            patch.setattr(reconstruction, "write_results", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                command(*options)
+        return list(halving.calls)
+
+    assert interrupted() == [5, 5, 2]
+    halving.calls.clear()
+    assert "Going on after 12 images" in command(*options) and halving.calls == [4, 4, 4]  # for the pictures
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["metrics"] == whole
+    assert "PSNR" in expected and not list((tmp_path / "out").glob("progress*"))
+    for change in ("source", "image", "option"):
+        assert interrupted() == [5, 5, 2]
+        halving.calls.clear()
+        extra = []
+        if change == "source":
+            (tmp_path / "halving.py").write_text(code.format(0.4))
+        elif change == "image":
+            Image.new("RGB", (48, 41)).save(image_folder / "a-0.png")
+        else:
+            extra = ["--max_samples", 10]
+        assert "starting anew" in command(*options, *extra)
+        assert halving.calls[:2] == [5, 5]
+
+
+def test_two_processes_measure_what_one_does(command, tmp_path, image_folder, inception_weights, saved_model):
+    (image_folder / "broken.png").write_bytes(b"no image")
+    arguments = [
+        "--model_name_or_path", "model", "--data", image_folder, "--batch_size", 2, "--device", "cpu",
+        "--network_metrics", "rfid", "--inception_weights", inception_weights,
+    ]  # fmt: skip
+    command(*arguments, "--output_dir", "one")
+    program = tmp_path / "program.py"
+    program.write_text(f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+from eval import reconstruction
+reconstruction.main()
+os._exit(0)  # gloo's threads may abort a process that ends before they do
+""")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", program]
+    done = subprocess.run(
+        [sys.executable, *map(str, [*launch, *arguments, "--output_dir", "two"])],
+        cwd=tmp_path, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
+    assert two["num_processes"] == 2 and two["num_images"] == one["num_images"] == 12
+    assert two["data"]["pixels_sha256"] == one["data"]["pixels_sha256"]
+    assert len(two["skipped_images"]) == 1
+    assert one["metrics"].keys() == two["metrics"].keys()
+    for name, value in one["metrics"].items():
+        assert two["metrics"][name] == (value if value is None else pytest.approx(value, rel=1e-6)), name
+    assert not list((tmp_path / "two").glob("progress*"))
+
+
+def test_memory_does_not_hold_the_images(image_folder):
+    evaluation = Evaluation(Protocol.load("default"), Networks({"fd_colors": MeanColors()}), 64)
+    x = torch.zeros(4, 3, 176, 176, dtype=torch.uint8)
+    for number in range(3):
+        evaluation.update(number, list(range(4 * number, 4 * number + 4)), x, x / 255 + 0.1, torch.zeros(4, 9).long())
+    tensors = [evaluation.counts, *(t for m in evaluation.moments.values() for t in (m.count, m.sum, m.products))]
+    width = MeanColors()(x).shape[1]
+    assert sum(t.numel() for t in tensors) == 64 + 2 * (1 + width + width**2)
+    assert all(len(values) == 12 for values in evaluation.scores.values())
