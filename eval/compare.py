@@ -19,6 +19,7 @@ def differences(first: dict, other: dict) -> list[str]:
     """What makes two results incomparable, in words."""
     found = []
     descriptive = ("name", "source", "reference_set", "remarks")
+    descriptive += ("ms_ssim", "semantic_agreement", "blocking", "flat_colours")  # what is measured besides
     pairs = {name: (value, other["protocol"].get(name)) for name, value in first["protocol"].items()}
     fields = [f"{name} ({a} / {b})" for name, (a, b) in pairs.items() if a != b and name not in descriptive]
     if fields:

@@ -9,6 +9,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 from torch import nn
 
+from eval.blocking.blocking import blocking_of, count_steps
 from eval.codebook_usage.codebook_usage import codebook_statistics, count_codes
 from eval.crops import different_sizes
 from eval.protocol import Protocol
@@ -45,17 +46,26 @@ class Evaluation:
         protocol: see [`Protocol`].
         networks: see [`Networks`].
         codebook_size: number of codes; `None` where there are no tokens.
+        patch_size: side in pixels of what a token stands for; `None` where there are no patches.
     """
 
-    def __init__(self, protocol: Protocol, networks: Networks, codebook_size: int | None = None) -> None:
+    def __init__(
+        self,
+        protocol: Protocol,
+        networks: Networks,
+        codebook_size: int | None = None,
+        patch_size: int | None = None,
+    ) -> None:
         self.protocol = protocol
         self.networks = networks
+        self.patch_size = patch_size if protocol.blocking else None
         self.scores: dict[str, list] = {}  # by metric, one value for each image
         self.index: list[int] = []  # of each image in the data
         self.batch: list[int] = []  # and of its batch
         self.digests: list[str] = []  # of the originals' pixels
         self.skipped: list[tuple[int, str]] = []  # index and message
         self.counts = None if codebook_size is None else torch.zeros(codebook_size, dtype=torch.int64)
+        self.steps = torch.zeros(2, 2, 2, 2, dtype=torch.int64)  # of reconstructions and originals, see `count_steps`
         self.moments: dict[str, Moments] = {}  # by the name of the distance and "real" or "fake"
         self.size: list[int] | None = None  # height and width of the images
         self.seconds = 0.0  # that earlier sessions took
@@ -116,6 +126,8 @@ class Evaluation:
                 scores["psnr"] = scores["psnr"].clamp_max(protocol.psnr_limit)
         if protocol.ssim:
             scores["ssim"] = ssim_per_image(fake, real, protocol.ssim)
+        if self.patch_size:
+            self.steps += torch.stack([count_steps(x, self.patch_size).cpu() for x in (fake8, real8)])
         if protocol.ms_ssim and min(real.shape[2:]) >= 176:
             scores["ms_ssim"] = ms_ssim_per_image(fake, real)
         exact_real, exact_fake = originals / 255, reconstructions.clamp(0, 1)
@@ -143,7 +155,7 @@ class Evaluation:
 
     def state_dict(self) -> dict:
         """What a resumption needs: tensors, numbers and text."""
-        names = ("scores", "index", "batch", "digests", "skipped", "counts", "size", "seconds", "outside")
+        names = ("scores", "index", "batch", "digests", "skipped", "counts", "steps", "size", "seconds", "outside")
         state = {name: getattr(self, name) for name in names}
         state["moments"] = {key: [m.count, m.sum, m.products] for key, m in self.moments.items()}
         return state
@@ -189,6 +201,7 @@ class Evaluation:
         self.skipped = sorted(value for part in parts for value in part["skipped"])
         if self.counts is not None:
             self.counts = sum(part["counts"] for part in parts)
+        self.steps = sum(part["steps"] for part in parts)
 
     def fingerprint(self) -> str:
         """SHA-256 of the pixels of all originals, cropped, in their order: the same for the same images under the same
@@ -227,6 +240,13 @@ class Evaluation:
                     f"{name} is of {count} images{rank}: it is biased upwards and noisy. Compare it with values of as "
                     f"many images only, and publish it on {STABLE_FRECHET:,} or more (50,000 is usual)."
                 )
+        if self.patch_size:
+            metrics["blocking"] = blocking = blocking_of(*self.steps)
+            if not math.isfinite(blocking):
+                nothing = (
+                    "the originals or the reconstructions have no steps within patches, or there is one patch alone"
+                )
+                metrics["blocking"], reasons["blocking"] = None, f"not finite: {nothing}"
         if self.counts is not None:
             metrics |= codebook_statistics(self.counts)
             if metrics["codebook_tokens"] < 8 * len(self.counts):

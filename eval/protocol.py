@@ -52,6 +52,8 @@ class Protocol:
         ssim: window, see `ssim_per_image`.
         ms_ssim: MS-SSIM too, from 176 px a side.
         semantic_agreement: cosine similarity of the encoder's features of original and reconstruction.
+        blocking: how much the grid of a tokenizer's patches shows, see `eval/blocking`.
+        flat_colours: what a tokenizer makes of images of one colour, see `measure_flat_colours`.
         batch_size: images in a batch, where that changes the numbers; `None`: it does not.
     """
 
@@ -73,6 +75,8 @@ class Protocol:
     ssim: str | None
     ms_ssim: bool
     semantic_agreement: bool
+    blocking: bool
+    flat_colours: bool
     batch_size: int | None
 
     def __post_init__(self):

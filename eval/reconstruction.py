@@ -9,8 +9,9 @@
     python -m eval.reconstruction --real originals --fake reconstructions --output_dir results
 
 A tokenizer of this repository (or one with its methods), any function from pixels to pixels, or two folders of images:
-rFID, LPIPS, PSNR, SSIM, MS-SSIM, use of the codebook, semantic agreement, as far as the protocol has them. Protocols
-are the files of eval/protocols; docs/evaluation.md tells where they come from and how far apart they are.
+rFID, LPIPS, PSNR, SSIM, MS-SSIM, blocking, flat colours, use of the codebook, semantic agreement, as far as the
+protocol has them. Protocols are the files of eval/protocols; docs/evaluation.md tells where they come from and how far
+apart they are.
 
 Writes results.json (every number with all that it depends on), results.md, report.html (numbers, pictures, error maps,
 use of the codes), pictures.png and, where there are tokens, code_counts.npy. An interrupted run goes on when the same
@@ -34,6 +35,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, set_seed
 from eval.crops import CroppedImages, collate_images
 from eval.evaluation import Evaluation
 from eval.files import write_whole
+from eval.flat_colours import measure_flat_colours
 from eval.metrics import to_uint8
 from eval.networks import load_networks, load_object, source_hash, weights_hash
 from eval.protocol import Protocol, names
@@ -241,7 +243,8 @@ def main() -> None:
     protocol = Protocol.load(args.protocol)
     output = Path(args.output_dir)
 
-    size, reconstruct, codebook_size, fakes = protocol.image_size or args.image_size, None, None, None
+    size, reconstruct, fakes = protocol.image_size or args.image_size, None, None
+    codebook_size = patch_size = None
     files = []  # whose names, sizes and dates tell whether the images are still the same
     if protocol.image_size and args.image_size not in (None, protocol.image_size):
         raise ValueError(f"--image_size is {args.image_size}, but {protocol.name} is for {protocol.image_size} px.")
@@ -271,7 +274,7 @@ def main() -> None:
             reference = AutoModel.from_pretrained(args.reference_model, trust_remote_code=args.trust_remote_code)
             reference.to(device).eval()
         size = size or model.config.image_size
-        codebook_size = model.config.codebook_size
+        codebook_size, patch_size = model.config.codebook_size, getattr(model.config, "decoder_patch_size", None)
         reconstruct = ModelReconstruction(model, protocol.semantic_agreement, reference)
         source = {
             "model": args.model_name_or_path,
@@ -301,13 +304,16 @@ def main() -> None:
     everything = [settings, args.features, args.max_samples, data._fingerprint if not files else None, listed]
     key = hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
     images = CroppedImages(data, protocol, size, fakes)
-    evaluation = Evaluation(protocol, networks, codebook_size)
+    evaluation = Evaluation(protocol, networks, codebook_size, patch_size)
     workers = args.num_workers if args.num_workers is not None else 8 * (device.type == "cuda")
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     progress_file = output / f"progress-{state.process_index}-of-{state.num_processes}.pt"
     evaluate(evaluation, images, reconstruct, batch_size, workers, device, progress_file, key)
     if state.is_main_process:
         metrics, not_computed, warnings = evaluation.compute()
+        if args.model_name_or_path and protocol.flat_colours:
+            flat, why = measure_flat_colours(reconstruct, protocol, size, batch_size, device)
+            metrics, not_computed = metrics | flat, not_computed | why
         seconds = evaluation.seconds
         result = {
             "schema_version": 1,

@@ -104,7 +104,7 @@ def main() -> None:
 
     print(f"\n{len(emoji)} held-out emoji of 112 px:")
     for cells in [["", "before", "after"], *table]:
-        print("{:>24} {:>12} {:>12}".format(*cells))
+        print("{:>30} {:>12} {:>12}".format(*cells))
     print(f"\nPictures: {page}\n(the same as an image: {picture})\n\n{NEXT}")
 
 

@@ -13,6 +13,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from test_frechet import features
 from test_loading import ROOT
 
+from eval.blocking.blocking import blocking_of, count_steps
 from eval.codebook_usage.codebook_usage import codebook_statistics, count_codes
 from eval.evaluation import Evaluation, Networks
 from eval.metrics import to_uint8
@@ -102,7 +103,7 @@ def test_metrics_are_modules_of_evaluate(pair, inception_weights, tmp_path, monk
     """Loaded from a folder where nothing else of this repository is, by name, on images of several sizes."""
     import evaluate as library
 
-    names_of_modules = ("rfid", "lpips", "psnr", "ssim", "codebook_usage", "semantic_agreement")
+    names_of_modules = ("rfid", "lpips", "psnr", "ssim", "blocking", "codebook_usage", "semantic_agreement")
     for name in names_of_modules:
         shutil.copytree(ROOT / "eval" / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
@@ -116,6 +117,9 @@ def test_metrics_are_modules_of_evaluate(pair, inception_weights, tmp_path, monk
         some = slice(3, 4) if "multiscale" in options else slice(None)
         result = modules["ssim"].compute(predictions=fake[some], references=real[some], **options)
         assert 0 < next(iter(result.values())) < 1
+    grid = modules["blocking"].compute(predictions=fake[:3], references=real[:3], patch_size=16)
+    assert grid["blocking"] == blocking_of(*(count_steps(images, 16) for images in reversed(pair)))
+    assert modules["blocking"].compute(predictions=real, references=real, patch_size=16)["blocking"] == 1
     usage = modules["codebook_usage"].compute(predictions=[0, 0, 1, 2], codebook_size=4)
     assert usage["codebook_utilization"] == 0.75 and usage["codebook_entropy"] == 1.5
     result = modules["rfid"].compute(predictions=fake, references=real, weights=str(inception_weights))
@@ -144,6 +148,8 @@ def test_metrics_are_modules_of_evaluate(pair, inception_weights, tmp_path, monk
         assert len(lpips["scores"]) == 4 and 0 < lpips["scores"][0] < lpips["scores"][2]
     with pytest.raises(ValueError, match="Image 0: a"):
         modules["psnr"].compute(predictions=fake[:1], references=[real[0].resize((64, 64))])
+    with pytest.raises(ValueError, match="Image 0: a"):
+        modules["blocking"].compute(predictions=fake[:1], references=[real[0].resize((64, 64))], patch_size=16)
     for name in modules:
         readme = (tmp_path / name / "README.md").read_text()
         assert readme.startswith("---") and "evaluate.load" in readme

@@ -1,5 +1,6 @@
 """What an evaluation leaves: pictures, tables, comparisons."""
 
+import json
 import os
 import sys
 
@@ -31,6 +32,19 @@ def test_pictures_show_originals_above_reconstructions(tmp_path):
     assert [picture[2 + 10 * row + 4, 6, 0] for row in range(4)] == [0, 128, 0, 128]
     assert picture[36, 16, 0] == 255
     assert os.listdir(tmp_path / "a") == ["p.png"]
+
+
+def test_what_a_protocol_measures_besides_does_not_keep_results_apart(command, tmp_path, image_folder):
+    """Such as a result of the time before blocking was measured."""
+    for name in "ab":
+        command("--callable", "torch:clone", "--data", image_folder, "--network_metrics", "--image_size", 32,
+                "--output_dir", name)  # fmt: skip
+    new, old = (json.loads((tmp_path / name / "results.json").read_text()) for name in "ab")
+    for field in ("blocking", "flat_colours", "semantic_agreement", "ms_ssim"):
+        del old["protocol"][field]
+    assert not compare.differences(new, old) and not compare.differences(old, new)
+    old["protocol"]["ssim"] = "uniform"
+    assert "differ in ssim (gaussian / uniform)" in compare.differences(new, old)[0]
 
 
 def test_results_are_compared_only_under_one_protocol(command, tmp_path, image_folder, monkeypatch, capsys):
