@@ -1,0 +1,62 @@
+"""How a command ends over an error that is its user's: in one line."""
+
+import dis
+import os
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+from datasets.exceptions import DatasetsError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+
+
+ROOT = Path(__file__).resolve().parents[1]
+# of the machine, the network, the hub and its data sets, and of the fields of a configuration
+OUTSIDE = (OSError, DatasetsError, HFValidationError, StrictDataclassError)
+SECONDS_FOR_THE_MAIN_PROCESS = 5.0  # launchers look for processes that have ended many times a second
+
+
+@contextmanager
+def ends_in_one_line(*also: type[Exception]):
+    """Around a command, `with ends_in_one_line():` or `@ends_in_one_line()`: an error that is its user's to mend ends
+    it with exit code 1 and the message on stderr; a defect keeps its traceback.
+
+    The user's are the errors that a `raise` in a file of this repository names (ValueError, RuntimeError,
+    FloatingPointError), and those of `OUTSIDE`, wherever they come from. Of several processes that end over the same
+    error only the main one says it: the launcher ends the others while they wait.
+
+    Args:
+        also: classes that are the user's in this block wherever they are raised, such as ValueError where a library
+            looks at nothing but the user's options.
+
+    Raises:
+        SystemExit: in place of such an error.
+    """
+    try:
+        yield
+    except Exception as error:
+        said_here = _is_said_here(error)
+        if not said_here and not isinstance(error, OUTSIDE + also):
+            raise
+        # libraries spread what they say over many lines; ours are as they should be
+        message = str(error) if said_here else " ".join(str(error).split())
+        if int(os.environ.get("RANK", 0)) != 0:
+            time.sleep(SECONDS_FOR_THE_MAIN_PROCESS)
+        sys.stdout.flush()
+        print(f"{Path(sys.argv[0]).name}: error: {message or type(error).__name__}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from error
+
+
+def _is_said_here(error: Exception) -> bool:
+    """Whether an error comes from a `raise` in a file of this repository, not from what it calls."""
+    if not isinstance(error, (ValueError, RuntimeError, FloatingPointError)):
+        return False
+    innermost = error.__traceback__
+    while innermost.tb_next is not None:
+        innermost = innermost.tb_next
+    code = innermost.tb_frame.f_code
+    path = Path(code.co_filename).resolve()
+    if not path.is_relative_to(ROOT) or "site-packages" in path.parts:
+        return False
+    return code.co_code[innermost.tb_lasti] == dis.opmap["RAISE_VARARGS"]
