@@ -64,6 +64,7 @@ class Evaluation:
         self.batch: list[int] = []  # and of its batch
         self.digests: list[str] = []  # of the originals' pixels
         self.skipped: list[tuple[int, str]] = []  # index and message
+        self.not_finite: list[int] = []  # index of those among them whose numbers are not
         self.counts = None if codebook_size is None else torch.zeros(codebook_size, dtype=torch.int64)
         self.steps = torch.zeros(2, 2, 2, 2, dtype=torch.int64)  # of reconstructions and originals, see `count_steps`
         self.moments: dict[str, Moments] = {}  # by the name of the distance and "real" or "fake"
@@ -80,16 +81,19 @@ class Evaluation:
         reconstructions: torch.Tensor,
         tokens: torch.Tensor | None = None,
         **scores: torch.Tensor,
-    ) -> None:
-        """Adds a batch.
+    ) -> list[int]:
+        """Adds a batch; images whose reconstruction or scores hold NaN or infinity are left out.
 
         Args:
             batch: its number.
             index: the number of each image in the data.
             originals: (B, 3, H, W), uint8.
             reconstructions: (B, 3, H, W), floating point, nominally in [0, 1].
-            tokens: integers of any shape.
+            tokens: integers, (B, ...).
             **scores: further values by name, (B,) each.
+
+        Returns:
+            the numbers of the images that are left out.
 
         Raises:
             ValueError: reconstructions of another size.
@@ -104,14 +108,20 @@ class Evaluation:
             raise ValueError(different_sizes(self.size, originals.shape[2:]))
         protocol = self.protocol
         reconstructions = reconstructions.float()
-        finite = reconstructions.isfinite().flatten(1).all(1).tolist()
+        finite = reconstructions.isfinite().flatten(1).all(1)
+        for values in scores.values():
+            finite &= values.isfinite()
+        left_out = [i for i, measured in zip(index, finite.tolist()) if not measured]
+        if left_out:
+            self.not_finite += left_out
+            index = [i for i in index if i not in left_out]
+            originals, reconstructions = originals[finite], reconstructions[finite]
+            tokens = None if tokens is None else tokens[finite]
+            scores = {name: values[finite] for name, values in scores.items()}
+            if not index:
+                return left_out
         outside = ((reconstructions < -0.25) | (reconstructions > 1.25)).float().mean().item()
         self.outside += outside * len(index)
-        if not all(finite):
-            raise ValueError(
-                f"The reconstruction of image {index[finite.index(False)]} holds NaN or infinity (fp16 overflows where "
-                "bf16 does not)."
-            )
         real8, fake8 = protocol.eight_bits(originals, reconstructions)
         real, fake = real8 / 255, fake8 / 255
         scores = dict(scores)
@@ -152,10 +162,23 @@ class Evaluation:
         self.index += index
         self.batch += [batch] * len(index)
         self.digests += [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in originals.cpu()]
+        return left_out
 
     def state_dict(self) -> dict:
         """What a resumption needs: tensors, numbers and text."""
-        names = ("scores", "index", "batch", "digests", "skipped", "counts", "steps", "size", "seconds", "outside")
+        names = (
+            "scores",
+            "index",
+            "batch",
+            "digests",
+            "skipped",
+            "not_finite",
+            "counts",
+            "steps",
+            "size",
+            "seconds",
+            "outside",
+        )
         state = {name: getattr(self, name) for name in names}
         state["moments"] = {key: [m.count, m.sum, m.products] for key, m in self.moments.items()}
         return state
@@ -199,6 +222,7 @@ class Evaluation:
         for name in ("index", "batch", "digests"):
             setattr(self, name, joined(part[name] for part in parts))
         self.skipped = sorted(value for part in parts for value in part["skipped"])
+        self.not_finite = sorted(value for part in parts for value in part["not_finite"])
         if self.counts is not None:
             self.counts = sum(part["counts"] for part in parts)
         self.steps = sum(part["steps"] for part in parts)
@@ -215,7 +239,7 @@ class Evaluation:
             ValueError: there were no images.
         """
         if not self.index:
-            raise ValueError("There were no images to evaluate, or none of them could be read.")
+            raise ValueError("There were no images to evaluate, or none of them could be read or gave finite numbers.")
         metrics, reasons, warnings = {}, {}, []
         if self.outside > 0.05 * len(self.index):
             warnings.append(

@@ -1,6 +1,5 @@
 """Protocols: everything between image files and numbers that changes the numbers."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import InterpolationMode, center_crop, resize
 
+from eval.files import read_fields
 from eval.metrics import to_uint8
 from image_processing_simvq import VQRAEImageProcessor
 
@@ -97,7 +97,7 @@ class Protocol:
         if not path.is_file():
             raise ValueError(f"No protocol '{name_or_path}': pass one of {', '.join(names())}, or a .json file.")
         try:
-            return cls(**json.loads(path.read_text()))
+            return cls(**read_fields(path))
         except TypeError as error:
             raise ValueError(f"{path}: {error}") from None
 

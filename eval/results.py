@@ -32,6 +32,9 @@ TITLES = {
     "codebook_tokens": "Tokens",
 }
 PICTURES = 8  # in each row
+ROOT = Path(__file__).resolve().parents[1]
+# results.json comes last: where it is, the others are there, and of the same evaluation
+FILES = ("code_counts.npy", "pictures.png", "report.html", "results.md", "results.json")
 
 
 def library_versions() -> dict[str, str]:
@@ -39,6 +42,18 @@ def library_versions() -> dict[str, str]:
     names = ("torch", "torchvision", "torchmetrics", "torch-fidelity", "transformers", "datasets", "accelerate")
     names += ("numpy", "pillow")
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
+
+
+def code_hash() -> str:
+    """SHA-256 of this repository's code from the file to the number."""
+    rooms = (ROOT.glob("*_simvq*.py"), (ROOT / "reading").rglob("*.py"), (ROOT / "eval").rglob("*.py"))
+    return sha256_of_files(*sorted(file for room in rooms for file in room))
+
+
+def remove_results(output: Path) -> None:
+    """Removes what an evaluation before left in a folder: it is not of the one that begins."""
+    for name in reversed(FILES):
+        (output / name).unlink(missing_ok=True)
 
 
 def title(metric: str) -> str:
@@ -58,13 +73,18 @@ def markdown(result: dict) -> str:
     lines.append(f"| images | {result['num_images']} |")
     size = f"{result['image_size']} px" if result["image_size"] else "images as they are"
     notes = [f"Protocol `{result['protocol']['name']}`, {size}."]
-    if result["skipped_images"]:
-        notes.append(f"{len(result['skipped_images'])} images could not be read and were left out.")
+    if unread := len(result["skipped_images"]) - result["num_not_finite"]:
+        notes.append(f"{unread} images could not be read and were left out.")
+    if result["num_not_finite"]:
+        notes.append(
+            f"{result['num_not_finite']} images were left out because numbers of the model were not finite: "
+            "`skipped_images` of results.json names them."
+        )
     return "\n".join(lines + ["", *(f"- {note}" for note in notes + result["warnings"])]) + "\n"
 
 
 def write_results(output: Path, result: dict, evaluation, images, reconstruct, device: torch.device) -> None:
-    """Writes everything and prints the table.
+    """Writes everything, results.json last, and prints the table.
 
     Args:
         output: folder.
@@ -74,10 +94,7 @@ def write_results(output: Path, result: dict, evaluation, images, reconstruct, d
         reconstruct: as for `evaluate`.
         device: of the tokenizer.
     """
-    write_whole(output / "results.json", lambda f: f.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n"))
-    table = markdown(result)
-    write_whole(output / "results.md", lambda f: f.write_text(table))
-    written = ["results.json", "results.md"]
+    written = []
     if evaluation.counts is not None:
         write_whole(output / "code_counts.npy", lambda f: _save_array(f, evaluation.counts.numpy()))
         written.append("code_counts.npy")
@@ -91,7 +108,10 @@ def write_results(output: Path, result: dict, evaluation, images, reconstruct, d
         save_rows(joined, output / "pictures.png", columns=max(len(scores) for _, scores in groups.values()))
         written.append(f"pictures.png (best, median, worst by {title(by)}: originals, reconstructions, errors x 4)")
     write_whole(output / "report.html", lambda f: f.write_text(_page(result, evaluation, groups, by)))
-    written.append("report.html")
+    table = markdown(result)
+    write_whole(output / "results.md", lambda f: f.write_text(table))
+    write_whole(output / "results.json", lambda f: f.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n"))
+    written += ["report.html", "results.md", "results.json"]
     print(table)
     for name in written:
         print(output / name)

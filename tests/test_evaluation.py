@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +16,10 @@ from test_loading import run
 
 from eval import reference_statistics
 from eval.crops import CroppedImages, collate_images
-from eval.evaluation import Evaluation, Networks
 from eval.metrics import to_uint8
 from eval.protocol import Protocol, names
 from eval.psnr.psnr import psnr_per_image
+from eval.reconstruction import ModelReconstruction
 from eval.ssim.ssim import ssim_per_image
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import VQRAEModel
@@ -177,13 +178,91 @@ def test_pairs_of_the_same_name_are_not_guessed(command, tmp_path, image_folder)
     assert "have the same name" in command(*folders, fails=True)
 
 
-def test_reconstructions_that_are_not_finite_are_refused():
-    evaluation = Evaluation(Protocol.load("default"), Networks())
-    originals = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
-    reconstructions = torch.zeros(2, 3, 32, 32)
-    reconstructions[1, 0, 3, 3] = float("nan")
-    with pytest.raises(ValueError, match="image 7 holds NaN"):
-        evaluation.update(0, [6, 7], originals, reconstructions)
+def test_images_whose_reconstruction_is_not_finite_are_left_out_and_named(command, tmp_path, image_folder, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "overflowing.py").write_text("""
+def dark(pixels):
+    return pixels * 0.5
+
+def darker(pixels):  # the pictures of one colour are too much for it
+    pixels = pixels * 0.5
+    flat = pixels.flatten(2).std(2).amax(1) == 0
+    pixels[flat, 1, 2, 3] = float("inf")
+    return pixels
+""")
+    options = ["--data", image_folder, "--image_size", 32, "--network_metrics", "--batch_size", 5]
+    command("--callable", "overflowing:dark", *options, "--output_dir", "without")
+    for name in ("a-9.png", "d-9.png"):
+        Image.new("RGB", (40, 40), (9, 200, 30)).save(image_folder / name)
+    (image_folder / "b-9.png").write_bytes(b"no image")
+    output = command("--callable", "overflowing:darker", *options, "--output_dir", "with")
+    expected, result = (json.loads((tmp_path / x / "results.json").read_text()) for x in ("without", "with"))
+    assert result["metrics"] == {name: pytest.approx(value) for name, value in expected["metrics"].items()}
+    assert result["num_images"] == 12 and result["num_not_finite"] == 2 and expected["num_not_finite"] == 0
+    assert result["data"]["pixels_sha256"] == expected["data"]["pixels_sha256"]
+    named = sorted(Path(text.split(": ")[0]).name for text in result["skipped_images"] if "NaN or infinity" in text)
+    assert named == ["a-9.png", "d-9.png"] and len(result["skipped_images"]) == 3
+    table = (tmp_path / "with" / "results.md").read_text()
+    for text in (table, output):
+        assert "- 1 images could not be read and were left out." in text
+        assert "- 2 images were left out because numbers of the model were not finite" in text
+    assert output.count("Left out: ") == 3
+    for file in image_folder.glob("*-[0-8].png"):
+        file.unlink()
+    error = command("--callable", "overflowing:darker", *options, "--output_dir", "none", fails=True)
+    assert "or gave finite numbers" in error
+
+
+def test_images_whose_latents_are_not_finite_are_left_out(tiny_model, pixels, monkeypatch):
+    """Whether the model refuses the whole batch, as it does in eval mode, or gives all the rest of it."""
+    tiny_model.eval()
+    reconstruct = ModelReconstruction(tiny_model, semantic_agreement=True)
+    pixels = torch.cat([pixels, pixels.flip(3)])
+    expected = reconstruct(pixels)
+
+    def broken(module, args, output):
+        lost = (args[0] - pixels[1]).abs().flatten(1).amax(1) == 0
+        return (output[0], output[1].masked_fill(lost.view(-1, 1, 1), float("nan")))
+
+    def features(given, grid):
+        output = image_features(given, grid)
+        return broken(None, (given,), output)
+
+    image_features = tiny_model._image_features
+    monkeypatch.setattr(tiny_model, "_image_features", features)
+    search = tiny_model.quantizer._search
+    for refuses in (True, False):
+        if not refuses:
+            monkeypatch.setattr(tiny_model.quantizer, "_search", lambda flat: search(flat.nan_to_num()))
+        reconstructions, tokens, scores = reconstruct(pixels)
+        assert reconstructions.isfinite().flatten(1).all(1).tolist() == [True, False, True, True]
+        rest = [0, 2, 3]
+        torch.testing.assert_close(reconstructions[rest], expected[0][rest])
+        assert torch.equal(tokens[rest], expected[1][rest])
+        torch.testing.assert_close(scores["semantic_agreement"][rest], expected[2]["semantic_agreement"][rest])
+        assert not reconstruct(pixels[1:2])[0].isfinite().any()  # alone
+    with pytest.raises(ValueError, match="multiples of decoder_patch_size"):  # other errors stay what they are
+        reconstruct(pixels[..., :17])
+
+
+def test_a_model_that_is_not_finite_on_some_images_is_measured_on_the_others(
+    command, tmp_path, image_folder, saved_model
+):
+    with torch.no_grad():  # float16 ends at 65,504
+        saved_model.encoder.embeddings.patch_embeddings.projection.weight[0, 0] = 5000
+    saved_model.save_pretrained(tmp_path / "model")
+    Image.new("RGB", (40, 40), (255, 255, 255)).save(image_folder / "white.png")
+    for file in list(image_folder.glob("*.png")):
+        if file.name != "white.png":  # red is about 0 once it is normalised
+            Image.new("RGB", (40, 40), (128, int(file.stem[-1]), 9)).save(file)
+    output = command(
+        "--model_name_or_path", "model", "--data", image_folder, "--network_metrics", "--output_dir", "out",
+        "--batch_size", 5, "--dtype", "float16",
+    )  # fmt: skip
+    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert result["num_not_finite"] == 1 and result["num_images"] == 12 and "white.png" in result["skipped_images"][0]
+    assert result["metrics"]["codebook_tokens"] == 12 * 16 and "white.png" in output
+    assert result["metrics"]["flat_colours_error"] is None and result["metrics"]["psnr"] > 0
 
 
 def test_bf16_and_a_reference_model_are_said_in_the_result(command, tmp_path, image_folder, saved_model):
@@ -194,6 +273,23 @@ def test_bf16_and_a_reference_model_are_said_in_the_result(command, tmp_path, im
     result = json.loads((tmp_path / "out" / "results.json").read_text())
     assert result["source"]["dtype"] == "bfloat16" and result["source"]["reference_sha256"]
     assert 0.99 < result["metrics"]["feature_cosine"] < 1  # bf16 beside fp32
+
+
+def test_numbers_are_of_float32_whatever_the_checkpoint_holds(command, tmp_path, image_folder, saved_model):
+    saved_model.bfloat16().save_pretrained(tmp_path / "model")
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["dtype"] == "bfloat16"
+    options = ["--model_name_or_path", "model", "--reference_model", "model", "--data", image_folder]
+    command(*options, "--network_metrics", "--output_dir", "out")
+    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    crops = [Protocol.load("default").crop(Image.open(file), 32) for file in find_images(image_folder)]
+    pixels = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2) / 255
+    with torch.no_grad():
+        exact = to_uint8(saved_model.float()(pixels).decoded_pixel_values) / 255
+        low = to_uint8(saved_model.bfloat16()(pixels.bfloat16()).decoded_pixel_values) / 255
+    psnr, of_bfloat16 = (psnr_per_image(x, pixels).mean().item() for x in (exact, low))
+    assert result["metrics"]["psnr"] == pytest.approx(psnr, abs=1e-5) and abs(psnr - of_bfloat16) > 1e-4
+    assert result["metrics"]["feature_cosine"] == pytest.approx(1, abs=1e-6) and result["source"]["dtype"] == "float32"
+    assert not torch.backends.cudnn.allow_tf32 and torch.get_float32_matmul_precision() == "highest"
 
 
 def test_one_image_is_enough(command, tmp_path, image_folder, inception_weights):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from conftest import MeanColors, tiny_config
 from PIL import Image
 from test_loading import ROOT
 
-from eval import reconstruction
+from eval import reconstruction, results
 from eval.crops import CroppedImages
 from eval.evaluation import Evaluation, Networks
 from eval.protocol import Protocol
@@ -94,6 +95,97 @@ def test_an_interrupted_command_goes_on_unless_something_else_is_asked(command, 
         assert halving.calls[:2] == [5, 5]
 
 
+def interrupt(command, monkeypatch, *options) -> None:
+    """Gives the command up to where it has all numbers and has written none."""
+    with monkeypatch.context() as patch:
+        patch.setattr(reconstruction, "write_results", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            command(*options)
+
+
+@pytest.mark.parametrize("change", ["nothing", "dtype", "device", "versions", "code", "configuration"])
+def test_progress_made_otherwise_is_not_used(change, command, tmp_path, image_folder, saved_model, monkeypatch):
+    options = ["--model_name_or_path", "model", "--data", image_folder, "--network_metrics", "--output_dir", "out"]
+    interrupt(command, monkeypatch, *options)
+    if change == "dtype":
+        options += ["--dtype", "bfloat16"]
+    elif change == "device":
+        options += ["--device", "cpu:0"]  # another by its name
+    elif change == "versions":
+        versions = reconstruction.library_versions() | {"torch": "0.1"}
+        monkeypatch.setattr(reconstruction, "library_versions", lambda: versions)
+    elif change == "code":
+        monkeypatch.setattr(reconstruction, "code_hash", lambda: "of other code")
+    elif change == "configuration":  # the same weights, seen otherwise
+        config = json.loads((tmp_path / "model" / "config.json").read_text()) | {"image_mean": [0.1, 0.2, 0.3]}
+        (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    said = "Going on after 12 images" if change == "nothing" else "starting anew"
+    assert said in command(*options)
+
+
+def test_code_s_hash_is_of_all_that_computes_numbers(monkeypatch):
+    hashed = []
+    monkeypatch.setattr(results, "sha256_of_files", lambda *files: hashed.extend(files) or "hash")
+    assert results.code_hash() == "hash"
+    names = {str(file.relative_to(ROOT)) for file in hashed}
+    assert {"eval/evaluation.py", "eval/ssim/ssim.py", "reading/images.py", "modeling_simvq.py"} <= names
+    assert {"quantization_simvq.py", "image_processing_simvq.py"} <= names
+
+
+OUTPUTS = {"results.json", "results.md", "report.html", "pictures.png", "code_counts.npy"}
+
+
+def test_results_of_another_evaluation_are_gone_when_one_begins(
+    command, tmp_path, image_folder, saved_model, monkeypatch
+):
+    """Or whoever looks after a kill takes them for those of the command that was given last."""
+    options = ["--data", image_folder, "--network_metrics", "--output_dir", "out"]
+    command("--model_name_or_path", "model", *options)
+    assert set(os.listdir(tmp_path / "out")) == OUTPUTS
+    (tmp_path / "out" / "notes.txt").write_text("of somebody else")
+    clone = ["--callable", "torch:clone", "--image_size", 32, *options]
+    interrupt(command, monkeypatch, *clone)
+    assert set(os.listdir(tmp_path / "out")) == {"progress-0-of-1.pt", "notes.txt"}
+    command(*clone)
+    assert set(os.listdir(tmp_path / "out")) == OUTPUTS - {"code_counts.npy"} | {"notes.txt"}  # it has no tokens
+    error = command(*clone[:-1], "out", "--protocol", "adm", fails=True)
+    assert "No protocol" in error and (tmp_path / "out" / "results.json").exists()  # nothing began
+
+
+@pytest.mark.parametrize("killed_at", OUTPUTS)
+def test_a_kill_among_the_results_leaves_no_results_json(
+    killed_at, command, tmp_path, image_folder, saved_model, monkeypatch
+):
+    options = ["--model_name_or_path", "model", "--data", image_folder, "--network_metrics", "--output_dir", "out"]
+    command(*options, "--max_samples", 5)
+
+    def replace(source, target):
+        if Path(target).name == killed_at:
+            raise KeyboardInterrupt
+        os_replace(source, target)
+
+    os_replace = os.replace
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            command(*options)
+    assert not (tmp_path / "out" / "results.json").exists()
+    assert "Going on after 12 images" in command(*options)
+    assert set(os.listdir(tmp_path / "out")) == OUTPUTS
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["num_images"] == 12
+
+
+def test_progress_that_cannot_be_read_is_not_used_and_that_of_other_processes_goes(command, tmp_path, image_folder):
+    options = ["--callable", "torch:clone", "--data", image_folder, "--image_size", 32, "--network_metrics"]
+    (tmp_path / "out").mkdir()
+    for content in (b"", b"half a file", b"PK\x03\x04"):
+        (tmp_path / "out" / "progress-0-of-1.pt").write_bytes(content)
+        (tmp_path / "out" / "progress-1-of-2.pt").write_bytes(content)
+        assert "cannot be read: starting anew" in command(*options, "--output_dir", "out")
+        assert set(os.listdir(tmp_path / "out")) == OUTPUTS - {"code_counts.npy"}
+        assert json.loads((tmp_path / "out" / "results.json").read_text())["num_images"] == 12
+
+
 def test_two_processes_measure_what_one_does(command, tmp_path, image_folder, inception_weights, saved_model):
     (image_folder / "broken.png").write_bytes(b"no image")
     arguments = [
@@ -105,7 +197,7 @@ def test_two_processes_measure_what_one_does(command, tmp_path, image_folder, in
     program.write_text(f"""
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
-from eval import reconstruction
+from eval import reconstruction, results
 reconstruction.main()
 os._exit(0)  # gloo's threads may abort a process that ends before they do
 """)
