@@ -41,7 +41,14 @@ from eval.metrics import to_uint8
 from eval.networks import load_networks, load_object, source_hash, weights_hash
 from eval.options import present_device, whole_number
 from eval.protocol import Protocol, names
-from eval.results import code_hash, library_versions, remove_results, update_model_card, write_results
+from eval.results import (
+    check_model_card,
+    code_hash,
+    library_versions,
+    remove_results,
+    update_model_card,
+    write_results,
+)
 from eval.semantic_agreement.semantic_agreement import cosine_per_image
 from reading.models import load_any
 from reading.sources import dataset_of_files, find_images, load_images, match_images
@@ -259,7 +266,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--update_model_card",
         action="store_true",
-        help="Put the numbers into the metadata (model-index) of the model's README.md: in its folder, or on the hub.",
+        help="Put the numbers into the metadata (model-index) of the model's README.md: in its folder, or on the hub, "
+        "there on the branch of --revision.",
     )
     args = parser.parse_args()
     sources = [args.model_name_or_path, args.callable, args.real]
@@ -273,9 +281,6 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--callable needs --image_size, or a protocol that has one")
     if args.update_model_card and not args.model_name_or_path:
         parser.error("--update_model_card needs --model_name_or_path")
-    if args.update_model_card and Path(args.model_name_or_path).is_dir():
-        if not Path(args.model_name_or_path, "README.md").is_file():
-            parser.error(f"--update_model_card: {args.model_name_or_path} has no README.md")
     return args
 
 
@@ -289,6 +294,8 @@ def main() -> None:
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     protocol = Protocol.load(args.protocol)
+    if args.update_model_card:
+        check_model_card(args.model_name_or_path, args.revision)
     output = Path(args.output_dir)
 
     size, reconstruct, fakes = protocol.image_size or args.image_size, None, None
@@ -391,7 +398,7 @@ def main() -> None:
         }
         write_results(output, result, evaluation, images, reconstruct, device)
         if args.update_model_card:
-            update_model_card(args.model_name_or_path, result)
+            update_model_card(args.model_name_or_path, result, args.revision)
     state.wait_for_everyone()
     progress_file.unlink(missing_ok=True)
     if state.is_main_process:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import EvalResult, HfApi, ModelCard, file_exists, hf_hub_download
 
 from eval.files import sha256_of_files, write_whole
 from eval.pictures import as_html, rows_of, save_rows
@@ -240,16 +240,40 @@ def weights_file_hash(folder: Path) -> str | None:
     return sha256_of_files(*files) if files else None
 
 
-def update_model_card(name_or_path: str, result: dict) -> None:
+def check_model_card(name_or_path: str, revision: str | None) -> None:
+    """Whether `update_model_card` can do what it shall, asked before there is anything to write.
+
+    Raises:
+        ValueError: there is no card, or the revision is no branch.
+    """
+    if Path(name_or_path).is_dir():
+        if not Path(name_or_path, "README.md").is_file():
+            raise ValueError(f"--update_model_card: {name_or_path} has no README.md.")
+        return
+    branches = [branch.name for branch in HfApi().list_repo_refs(name_or_path).branches]
+    if revision is not None and revision not in branches:
+        raise ValueError(
+            f"--update_model_card writes to a branch, and --revision {revision} is none of {name_or_path}, which has "
+            f"{', '.join(branches)}: a tag or a commit cannot be changed. Pass the branch, or leave out "
+            "--update_model_card."
+        )
+    if not file_exists(name_or_path, "README.md", revision=revision):
+        raise ValueError(f"--update_model_card: {name_or_path} has no README.md at {revision or 'main'}.")
+
+
+def update_model_card(name_or_path: str, result: dict, revision: str | None = None) -> None:
     """Puts the numbers into the model-index of a model's card; those it has of the same data and protocol are replaced.
 
     Args:
         name_or_path: the model's folder, or its repository on the hub, to which the card is pushed.
         result: as in results.json.
+        revision: the branch of the repository, whose card is read and written; `None`: main.
     """
     folder = Path(name_or_path)
     local = folder.is_dir()
-    card = ModelCard.load(folder / "README.md" if local else name_or_path)
+    card = ModelCard.load(
+        folder / "README.md" if local else hf_hub_download(name_or_path, "README.md", revision=revision)
+    )
     new = evaluation_results(result, weights_file_hash(folder) if local else None)
     replaced = {(entry.dataset_name, entry.metric_name) for entry in new}
     old = [x for x in card.data.eval_results or [] if (x.dataset_name, x.metric_name) not in replaced]
@@ -258,4 +282,4 @@ def update_model_card(name_or_path: str, result: dict) -> None:
     if local:
         write_whole(folder / "README.md", lambda file: file.write_text(str(card)))
     else:
-        card.push_to_hub(name_or_path, commit_message="Evaluation results")
+        card.push_to_hub(name_or_path, commit_message="Evaluation results", revision=revision)

@@ -138,6 +138,12 @@ class LocalHub:
                 hub.branches[repository].setdefault(branch, hub.branches[repository]["main"])
                 self.answer(200, {})
 
+            def refs(self, body, repository) -> None:
+                if self.allowed(repository):
+                    branches = hub.branches[repository].items()
+                    found = [{"name": x, "ref": f"refs/heads/{x}", "targetCommit": commit} for x, commit in branches]
+                    self.answer(200, {"branches": found, "converts": [], "tags": []})
+
             def valid(self, body) -> None:
                 self.answer(200, {"errors": [], "warnings": []})
 
@@ -209,6 +215,7 @@ class LocalHub:
             (r"/api/repos/create", Handler.create),
             (r"/api/validate-yaml", Handler.valid),
             (rf"{model}/branch/(.+)", Handler.branch),
+            (rf"{model}/refs", Handler.refs),
             (rf"{model}/preupload/(.+)", Handler.preupload),
             (rf"{model}/commit/(.+)", Handler.commit),
             (rf"{model}/tree/([^/]+).*", Handler.tree),

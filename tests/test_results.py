@@ -7,11 +7,16 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_config
+from hub import LocalHub
+from huggingface_hub import ModelCard
 from PIL import Image
+from test_loading import run
 
 from eval import compare
 from eval.pictures import save_rows
 from eval.results import choose
+from modeling_simvq import VQRAEModel
 
 
 def test_pictures_are_chosen_by_rank_and_none_twice():
@@ -70,3 +75,58 @@ def test_results_are_compared_only_under_one_protocol(command, tmp_path, image_f
     compared(str(tmp_path / "a"), files["c"], "--allow_differences")  # a folder does as well
     output = capsys.readouterr().out
     assert "| SSIM |" in output and "- not comparable: " in output
+
+
+# The model card ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path, image_folder):
+    """A hub with a model on main, another on the branch `larger`, both with a card, and one without on `bare`."""
+    with LocalHub() as hub:
+        hub.commits["user/model"], hub.branches["user/model"] = [], {}
+        for number, branch in enumerate(("main", "larger", "bare")):
+            torch.manual_seed(number)
+            VQRAEModel(tiny_config()).save_pretrained(tmp_path / branch)
+            if branch != "bare":
+                (tmp_path / branch / "README.md").write_text(f"---\nlicense: mit\n---\n# That of {branch}\n")
+            hub._commit("user/model", branch, {x.name: x.read_bytes() for x in (tmp_path / branch).iterdir()})
+        yield hub
+    assert not hub.unknown
+
+
+def evaluate_with_card(hub, tmp_path, *options) -> dict:
+    command = ["-m", "eval.reconstruction", "--model_name_or_path", "user/model", "--data", "images", "--output_dir"]
+    command += ["out", "--network_metrics", "--update_model_card", *options]
+    run(command, tmp_path, **hub.environment, HF_HOME=str(tmp_path / "home"))
+    return json.loads((tmp_path / "out" / "results.json").read_text())
+
+
+def numbers_of(card: bytes) -> dict[str, float]:
+    return {entry.metric_type: entry.metric_value for entry in ModelCard(card.decode()).data.eval_results or []}
+
+
+def test_numbers_go_into_the_card_of_the_branch_that_was_measured(hub, tmp_path):
+    main, larger = (hub.files("user/model", branch) for branch in ("main", "larger"))
+    result = evaluate_with_card(hub, tmp_path, "--revision", "larger")
+    card = hub.files("user/model", "larger")["README.md"]
+    assert numbers_of(card)["psnr"] == result["metrics"]["psnr"] and "# That of larger" in card.decode()
+    assert hub.files("user/model") == main
+    assert hub.files("user/model", "larger") == larger | {"README.md": card}
+    result = evaluate_with_card(hub, tmp_path)
+    card = hub.files("user/model")["README.md"]
+    assert numbers_of(card)["psnr"] == result["metrics"]["psnr"] and "# That of main" in card.decode()
+
+
+def test_a_card_that_cannot_be_written_is_told_before_anything_is_measured(hub, tmp_path):
+    commit = hub.branches["user/model"]["larger"]  # a tag is no branch either
+    for revision, message in (
+        (commit, f"--revision {commit} is none of user/model, which has main, larger, bare"),
+        ("bare", "user/model has no README.md at bare"),
+    ):
+        with pytest.raises(AssertionError) as error:
+            evaluate_with_card(hub, tmp_path, "--revision", revision)
+        lines = [line.strip() for line in str(error.value).splitlines()]
+        said = [line for line in lines if line.startswith("reconstruction.py: error: ")]
+        assert len(said) == 1 and message in said[0] and "Traceback" not in str(error.value)
+    assert len(hub.commits["user/model"]) == 3 and not (tmp_path / "out").exists()
