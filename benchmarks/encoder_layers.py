@@ -20,9 +20,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from eval.commands import ends_in_one_line
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import VQRAEModel
 from quantization_simvq import SimVQ
+from reading.models import loading
 from reading.sources import dataset_of_files, find_images
 from training.data import EvalTransform, split_files
 
@@ -107,7 +109,8 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
 
     fields = {"image_size": args.image_size, "decoder_patch_size": args.patch_size, "decoder_num_hidden_layers": 1}
-    model = VQRAEModel.from_encoder_pretrained(args.encoder, **fields).eval()
+    with loading(args.encoder):
+        model = VQRAEModel.from_encoder_pretrained(args.encoder, **fields).eval()
     last = model.config.encoder_config.num_hidden_layers
     layers = args.layers or [layer for layer in (1, 2, 4, 8) if layer < last]
     layers = [*[layer for layer in layers if layer != last], last]
@@ -148,4 +151,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ends_in_one_line():
+        main()
