@@ -28,7 +28,7 @@ class LocalHub:
         self.objects = {}  # of LFS, by SHA-256
         self.requests = []  # method and path
         self.unknown = []  # that nobody handled
-        self.fails_at = None  # a part of a path: requests to it are answered with 400
+        self.fails_at = None  # a pattern of paths: requests to these are answered with 400
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         self.environment = {
@@ -86,7 +86,7 @@ class LocalHub:
                 path = unquote(urlparse(self.path).path)
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 hub.requests.append((self.command, path))
-                if hub.fails_at and hub.fails_at in path:
+                if hub.fails_at and re.search(hub.fails_at, path):
                     return self.answer(400, {"error": "broken on purpose"})
                 for pattern, method in ROUTES:
                     if match := re.fullmatch(pattern, path):

@@ -2,15 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import MeanColors, tiny_config
 from PIL import Image
-from test_loading import ROOT
+from test_loading import ROOT, TWO_PROCESSES, finish
 
 from eval import reconstruction, results
 from eval.crops import CroppedImages
@@ -201,11 +199,7 @@ from eval import reconstruction, results
 reconstruction.main()
 os._exit(0)  # gloo's threads may abort a process that ends before they do
 """)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", program]
-    done = subprocess.run(
-        [sys.executable, *map(str, [*launch, *arguments, "--output_dir", "two"])],
-        cwd=tmp_path, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = finish([*TWO_PROCESSES, program, *arguments, "--output_dir", "two"], tmp_path, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
     assert two["num_processes"] == 2 and two["num_images"] == one["num_images"] == 12
