@@ -22,6 +22,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 import gradio as gr
 
 from eval.codebook_usage.codebook_usage import codebook_statistics, count_codes
+from eval.commands import ends_in_one_line
 from eval.metrics import to_uint8
 from eval.psnr.psnr import psnr_per_image
 from eval.results import code_chart
@@ -373,4 +374,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ends_in_one_line():
+        main()

@@ -40,7 +40,8 @@ from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
 
 from configuration_simvq import VQRAEConfig
 from eval.codebook_usage.codebook_usage import codebook_statistics
-from eval.files import write_whole
+from eval.commands import ends_in_one_line
+from eval.files import read_fields, write_whole
 from eval.metrics import CodebookWindow, to_uint8
 from eval.networks import load_networks
 from eval.pictures import save_rows
@@ -50,6 +51,7 @@ from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import VQRAEModel
 from quantization_simvq import SimVQ, VectorQuantizer
 from reading.images import BELOW
+from reading.models import loading
 from reading.sources import find_images
 from training.data import EvalTransform, TrainTransform, split_files
 
@@ -59,6 +61,21 @@ ROOT = Path(__file__).resolve().parents[1]
 
 ARMS = ("plain codebook", "SimVQ, Gaussian", "SimVQ, k-means")  # and, where a run says so, "more"
 CHUNK = 1024  # crops in a file
+
+
+def keep_apart(inputs: dict, file: Path) -> None:
+    """Writes down what the runs of a folder are made from, for those that go on with them.
+
+    Raises:
+        ValueError: the folder has runs that were made from something else.
+    """
+    if file.exists() and (others := json.loads(file.read_text())) != inputs:
+        differing = ", ".join(name for name in inputs if others.get(name) != inputs[name])
+        raise ValueError(
+            f"{file.parent} has runs of other {differing}: choose another --output_dir, or remove it ({file.name} "
+            "tells what they are of)."
+        )
+    write_whole(file, lambda path: path.write_text(json.dumps(inputs, indent=2) + "\n"))
 
 
 # Data ----------------------------------------------------------------------------------------------------------------
@@ -421,12 +438,14 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=parts, choices=parts, help="Default: all.")
     parser.add_argument("--codes", nargs="+", help="Only these numbers of codes, e.g. 1024 16384.")
     args = parser.parse_args()
-    settings = json.loads(args.config.read_text())
+    settings = read_fields(args.config)
+    keep_apart({"settings": settings, "encoder": args.encoder, "data": args.data}, args.output_dir / "inputs.json")
 
     torch.manual_seed(0)
-    model = VQRAEModel.from_encoder_pretrained(
-        args.encoder, image_size=settings["image_size"], codebook_size=1, **settings["decoder"]
-    ).eval()
+    with loading(args.encoder):
+        model = VQRAEModel.from_encoder_pretrained(
+            args.encoder, image_size=settings["image_size"], codebook_size=1, **settings["decoder"]
+        ).eval()
     crops = Crops(settings, model, args.data, args.output_dir / "crops")
     crops.encoder = args.encoder
     del model
@@ -458,4 +477,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ends_in_one_line():
+        main()

@@ -31,6 +31,7 @@ from torch import nn
 from torchmetrics.functional.image.lpips import _NoTrainLpips
 
 from configuration_simvq import VQRAEConfig
+from eval.commands import ends_in_one_line
 from eval.crops import CroppedImages
 from eval.evaluation import Evaluation, Networks
 from eval.protocol import Protocol
@@ -223,4 +224,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ends_in_one_line():
+        main()

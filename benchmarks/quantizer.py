@@ -35,7 +35,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from eval.commands import ends_in_one_line
 from eval.files import write_whole
+from eval.options import present_device
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -242,16 +244,23 @@ def number(value: float | None, form: str = ".3f") -> str:
     return "-" if value is None else format(value, form)
 
 
+def row(text: str) -> tuple[int, int, int]:
+    """ "tokens,codes,dim" of --rows."""
+    tokens, codes, dim = map(int, text.split(","))
+    return tokens, codes, dim
+
+
 def table(args) -> None:
-    rows = [tuple(map(int, row.split(","))) for row in args.rows]
     memory = available_memory(args.device)
     lines = [
         "| tokens x codes x dim | | reference s | library s | floor s | ours s | reference / ours | library / ours | "
         "ours / floor | peak MB: reference | library | ours | scratch |",
         "| --- | --- |" + " ---: |" * 11,
     ]
-    with tqdm(total=len(rows) * len(MODES) * args.repeats, desc="Table", unit="round", file=sys.stderr) as progress:
-        for tokens, codes, dim in rows:
+    with tqdm(
+        total=len(args.rows) * len(MODES) * args.repeats, desc="Table", unit="round", file=sys.stderr
+    ) as progress:
+        for tokens, codes, dim in args.rows:
             for mode, description in MODES.items():
                 tasks = {
                     method: dict(method=method, mode=mode, tokens=tokens, codes=codes, dim=dim, device=args.device)
@@ -428,9 +437,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sections = {"table": table, "growth": growth, "model": model, "tried": tried}
     parser.add_argument("--sections", nargs="+", default=list(sections), choices=list(sections), help="Default: all.")
-    parser.add_argument("--rows", nargs="+", default=ROWS, help="tokens,codes,dim of each row of the table.")
+    parser.add_argument(
+        "--rows", nargs="+", type=row, default=list(map(row, ROWS)), help="tokens,codes,dim of each row of the table."
+    )
     parser.add_argument("--repeats", type=int, default=5, help="Timed steps after the warm-up (default: 5).")
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda.")
+    parser.add_argument("--device", type=present_device, default="cpu", help="cpu (default) or cuda.")
     parser.add_argument(
         "--plot", type=Path, default=Path("runs/quantizer_growth.png"), help="Default: runs/quantizer_growth.png."
     )
@@ -438,6 +449,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         return worker(json.loads(args.worker))
+    args.device = str(args.device)  # for the messages to workers
     where = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
     print(f"torch {torch.__version__}, {where}, fp32, median of {args.repeats}\n")
     for section in args.sections:
@@ -445,4 +457,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ends_in_one_line():
+        main()

@@ -32,6 +32,7 @@ from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
 import training.losses
 from configuration_simvq import VQRAEConfig
+from eval.commands import ends_in_one_line
 from modeling_simvq import VQRAEModel
 from training.arguments import VQRAETrainingArguments
 from training.losses import discriminator_hinge, generator_hinge
@@ -213,8 +214,10 @@ def main() -> None:
 
     def run(kind: str) -> dict:
         command = [sys.executable, "-m", "benchmarks.training_step", *sys.argv[1:], "--run", kind]
-        output = subprocess.run(command, check=True, capture_output=True, text=True)
-        return json.loads(output.stdout.splitlines()[-1])
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise RuntimeError(f"The process of '{kind}' died; its message stands above.")
+        return json.loads(done.stdout.splitlines()[-1])
 
     results = {"references": [], "ours": []}
     for number in range(args.rounds):
@@ -243,4 +246,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ends_in_one_line():
+        main()

@@ -14,7 +14,6 @@ new file.
 import argparse
 import math
 import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -24,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers.dynamic_module_utils import custom_object_save
 
+from eval.commands import ends_in_one_line
 from eval.files import write_folder_whole
 from eval.psnr.psnr import psnr_per_image
 from modeling_simvq import ImageTokenizer
@@ -122,6 +122,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--model_name_or_path: {args.model_name_or_path} has no model.safetensors")
     if args.output_dir.exists():
         parser.error(f"--output_dir {args.output_dir} exists: remove it or choose another")
+    if args.data:
+        find_images(args.data)  # that there are some, before anything is written
     transformers.logging.set_verbosity_error()
     convert(args.model_name_or_path, args.output_dir)
     before, after = (
@@ -134,7 +136,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with ends_in_one_line():
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"Not converted. {error}")

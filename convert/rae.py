@@ -25,17 +25,14 @@ written. Files are not unpickled (`weights_only`).
 """
 
 import argparse
-import json
 import math
 import pickle
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import transformers
-import yaml
 from huggingface_hub import ModelCardData, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -43,10 +40,13 @@ from transformers import AutoConfig
 
 from configuration_simvq import VQRAEConfig
 from decoding_simvq import sincos_positions
-from eval.files import write_folder_whole
+from eval.commands import ends_in_one_line
+from eval.files import read_fields, write_folder_whole
+from eval.options import present_device
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import VQRAEModel, read_pixel_statistics
 from reading.images import decode_image
+from reading.models import loading
 from reading.sources import find_images
 from training.card import usage
 
@@ -162,10 +162,11 @@ def read_diffusers(name_or_path: str) -> Source:
     folder = Path(name_or_path)
     if not folder.is_dir():
         print(f"Downloading {name_or_path} from the hub.", flush=True)
-        folder = Path(snapshot_download(name_or_path, allow_patterns=["config.json", file]))
+        with loading(name_or_path):
+            folder = Path(snapshot_download(name_or_path, allow_patterns=["config.json", file]))
     print(f"Reading {folder / file}.", flush=True)
     weights = read_tensors(folder / file)
-    rae = json.loads((folder / "config.json").read_text())
+    rae = read_fields(folder / "config.json")
     if rae.get("_class_name") != "AutoencoderRAE":
         raise ValueError(f"{folder / 'config.json'} is that of {rae.get('_class_name')}, not of AutoencoderRAE.")
     names = ("encoder_hidden_size", "encoder_num_hidden_layers", "encoder_input_size", "encoder_patch_size")
@@ -232,8 +233,7 @@ def read_rae(config_file: str, decoder_file: str, statistics_file: str | None, e
         statistics_file: mean and variance of the latents.
         encoder: a folder or hub repository, instead of the one that the configuration names.
     """
-    document = yaml.safe_load(Path(config_file).read_text())
-    params = ((document or {}).get("stage_1") or {}).get("params")
+    params = (read_fields(Path(config_file)).get("stage_1") or {}).get("params")
     if not params:
         raise ValueError(f"{config_file} has no stage_1.params: it is not a stage 1 configuration of RAE.")
     require(params, ("encoder_cls", "encoder_config_path", "encoder_params", "decoder_config_path"), config_file)
@@ -248,20 +248,22 @@ def read_rae(config_file: str, decoder_file: str, statistics_file: str | None, e
     encoder = encoder or params["encoder_config_path"]
 
     decoder_config_file = find_decoder_config(params["decoder_config_path"], Path(config_file))
-    decoder_config = json.loads(decoder_config_file.read_text())
+    decoder_config = read_fields(decoder_config_file)
     require(decoder_config, DECODER_SIZES, decoder_config_file)
     if decoder_config.get("hidden_act", "gelu") != "gelu":
         raise ValueError(f"hidden_act of {decoder_config_file} is {decoder_config['hidden_act']}; ours is gelu.")
 
     print(f"Reading the configuration of {encoder} (from the hub if it is no folder).", flush=True)
-    encoder_config = AutoConfig.from_pretrained(encoder)
+    with loading(encoder):
+        encoder_config = AutoConfig.from_pretrained(encoder)
     encoder_config = getattr(encoder_config, "vision_config", encoder_config)
     if encoder_config.model_type != model_type:
         raise ValueError(
             f"{params['encoder_cls']} needs an encoder of type '{model_type}', but {encoder} is of type "
             f"'{encoder_config.model_type}'."
         )
-    pixel_statistics, _ = read_pixel_statistics(encoder, model_type)
+    with loading(encoder):
+        pixel_statistics, _ = read_pixel_statistics(encoder, model_type)
     input_size, patch = params.get("encoder_input_size", 224), params.get("decoder_patch_size", 16)
     config = {
         "encoder_config": encoder_config,
@@ -529,6 +531,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", help="Images to fit the codes to: a folder, or a .txt file that lists them.")
     parser.add_argument(
         "--device",
+        type=present_device,
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="Where the codes are fitted (default: cuda where there is one).",
     )
@@ -557,7 +560,5 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with ends_in_one_line():
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"Not converted. {error}")

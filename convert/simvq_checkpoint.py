@@ -20,18 +20,17 @@ LPIPS and the discriminator are left behind. Before the folder gets its name the
 
 import argparse
 import pickle
-import sys
 from collections.abc import Collection
 from pathlib import Path
 
 import torch
-import yaml
 from huggingface_hub import ModelCardData
 from huggingface_hub.errors import StrictDataclassError
 from transformers.image_utils import PILImageResampling
 
 from configuration_simvq_gan import SimVQGANConfig
-from eval.files import sha256_of_files, write_folder_whole
+from eval.commands import ends_in_one_line
+from eval.files import read_fields, sha256_of_files, write_folder_whole
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq_gan import SimVQGANModel
 from training.card import usage
@@ -91,7 +90,7 @@ def read_config(path: Path) -> SimVQGANConfig:
         ValueError: it describes another model, or has options that are not known here, or lacks some.
     """
     try:
-        model = yaml.safe_load(path.read_text())["model"]
+        model = read_fields(path)["model"]
         network, quantizer = model["init_args"]["ddconfig"], model["init_args"]["quantconfig"]
         classes = {
             "model.class_path": (model["class_path"], MODEL),
@@ -100,7 +99,7 @@ def read_config(path: Path) -> SimVQGANConfig:
         # defaults of the reference's classes
         network = {"ch_mult": [1, 2, 2, 4], **network}
         quantizer = {"beta": 0.25, "legacy": True, **quantizer["params"]}
-    except (KeyError, TypeError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is no config.yaml of an image tokenizer of the SimVQ reference (model.class_path, "
             f"model.init_args.ddconfig, model.init_args.quantconfig): {error}."
@@ -294,11 +293,9 @@ def main() -> None:
     for file in (args.checkpoint, args.config):
         if not file.is_file():
             parser.error(f"{file} is no file.")
-    try:
-        convert(args.checkpoint, args.config, args.output_dir, args.weights, args.license)
-    except ValueError as error:
-        sys.exit(f"Not converted. {error}")
+    convert(args.checkpoint, args.config, args.output_dir, args.weights, args.license)
 
 
 if __name__ == "__main__":
-    main()
+    with ends_in_one_line():
+        main()

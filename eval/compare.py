@@ -8,17 +8,31 @@ images, are not compared: their numbers mean different things.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
+from eval.commands import ends_in_one_line
+from eval.files import read_fields
 from eval.results import title
+
+
+def read_result(path: Path) -> dict:
+    """A results.json.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    result = read_fields(path)
+    if result.get("schema_version") != 1:
+        raise ValueError(f"{path} is no results.json of schema 1.")
+    return result
 
 
 def differences(first: dict, other: dict) -> list[str]:
     """What makes two results incomparable, in words."""
     found = []
     descriptive = ("name", "source", "reference_set", "remarks")
+    descriptive += ("ms_ssim", "semantic_agreement", "blocking", "flat_colours")  # what is measured besides
     pairs = {name: (value, other["protocol"].get(name)) for name, value in first["protocol"].items()}
     fields = [f"{name} ({a} / {b})" for name, (a, b) in pairs.items() if a != b and name not in descriptive]
     if fields:
@@ -81,10 +95,7 @@ def main() -> None:
     args.results = [path / "results.json" if path.is_dir() else path for path in args.results]
     if missing := [str(path) for path in args.results if not path.is_file()]:
         parser.error(f"there is no {', '.join(missing)}")
-    results = [json.loads(path.read_text()) for path in args.results]
-    for path, result in zip(args.results, results):
-        if result.get("schema_version") != 1:
-            parser.error(f"{path} is no results.json of schema 1")
+    results = [read_result(path) for path in args.results]
     found = [
         f"{args.results[0]} and {path}: {text}"
         for path, result in zip(args.results[1:], results[1:])
@@ -97,4 +108,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ends_in_one_line():
+        main()

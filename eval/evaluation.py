@@ -9,6 +9,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 from torch import nn
 
+from eval.blocking.blocking import blocking_of, count_steps
 from eval.codebook_usage.codebook_usage import codebook_statistics, count_codes
 from eval.crops import different_sizes
 from eval.protocol import Protocol
@@ -45,17 +46,27 @@ class Evaluation:
         protocol: see [`Protocol`].
         networks: see [`Networks`].
         codebook_size: number of codes; `None` where there are no tokens.
+        patch_size: side in pixels of what a token stands for; `None` where there are no patches.
     """
 
-    def __init__(self, protocol: Protocol, networks: Networks, codebook_size: int | None = None) -> None:
+    def __init__(
+        self,
+        protocol: Protocol,
+        networks: Networks,
+        codebook_size: int | None = None,
+        patch_size: int | None = None,
+    ) -> None:
         self.protocol = protocol
         self.networks = networks
+        self.patch_size = patch_size if protocol.blocking else None
         self.scores: dict[str, list] = {}  # by metric, one value for each image
         self.index: list[int] = []  # of each image in the data
         self.batch: list[int] = []  # and of its batch
         self.digests: list[str] = []  # of the originals' pixels
         self.skipped: list[tuple[int, str]] = []  # index and message
+        self.not_finite: list[int] = []  # index of those among them whose numbers are not
         self.counts = None if codebook_size is None else torch.zeros(codebook_size, dtype=torch.int64)
+        self.steps = torch.zeros(2, 2, 2, 2, dtype=torch.int64)  # of reconstructions and originals, see `count_steps`
         self.moments: dict[str, Moments] = {}  # by the name of the distance and "real" or "fake"
         self.size: list[int] | None = None  # height and width of the images
         self.seconds = 0.0  # that earlier sessions took
@@ -70,16 +81,19 @@ class Evaluation:
         reconstructions: torch.Tensor,
         tokens: torch.Tensor | None = None,
         **scores: torch.Tensor,
-    ) -> None:
-        """Adds a batch.
+    ) -> list[int]:
+        """Adds a batch; images whose reconstruction or scores hold NaN or infinity are left out.
 
         Args:
             batch: its number.
             index: the number of each image in the data.
             originals: (B, 3, H, W), uint8.
             reconstructions: (B, 3, H, W), floating point, nominally in [0, 1].
-            tokens: integers of any shape.
+            tokens: integers, (B, ...).
             **scores: further values by name, (B,) each.
+
+        Returns:
+            the numbers of the images that are left out.
 
         Raises:
             ValueError: reconstructions of another size.
@@ -94,14 +108,20 @@ class Evaluation:
             raise ValueError(different_sizes(self.size, originals.shape[2:]))
         protocol = self.protocol
         reconstructions = reconstructions.float()
-        finite = reconstructions.isfinite().flatten(1).all(1).tolist()
+        finite = reconstructions.isfinite().flatten(1).all(1)
+        for values in scores.values():
+            finite &= values.isfinite()
+        left_out = [i for i, measured in zip(index, finite.tolist()) if not measured]
+        if left_out:
+            self.not_finite += left_out
+            index = [i for i in index if i not in left_out]
+            originals, reconstructions = originals[finite], reconstructions[finite]
+            tokens = None if tokens is None else tokens[finite]
+            scores = {name: values[finite] for name, values in scores.items()}
+            if not index:
+                return left_out
         outside = ((reconstructions < -0.25) | (reconstructions > 1.25)).float().mean().item()
         self.outside += outside * len(index)
-        if not all(finite):
-            raise ValueError(
-                f"The reconstruction of image {index[finite.index(False)]} holds NaN or infinity (fp16 overflows where "
-                "bf16 does not)."
-            )
         real8, fake8 = protocol.eight_bits(originals, reconstructions)
         real, fake = real8 / 255, fake8 / 255
         scores = dict(scores)
@@ -116,6 +136,8 @@ class Evaluation:
                 scores["psnr"] = scores["psnr"].clamp_max(protocol.psnr_limit)
         if protocol.ssim:
             scores["ssim"] = ssim_per_image(fake, real, protocol.ssim)
+        if self.patch_size:
+            self.steps += torch.stack([count_steps(x, self.patch_size).cpu() for x in (fake8, real8)])
         if protocol.ms_ssim and min(real.shape[2:]) >= 176:
             scores["ms_ssim"] = ms_ssim_per_image(fake, real)
         exact_real, exact_fake = originals / 255, reconstructions.clamp(0, 1)
@@ -140,10 +162,23 @@ class Evaluation:
         self.index += index
         self.batch += [batch] * len(index)
         self.digests += [hashlib.sha256(image.numpy().tobytes()).hexdigest() for image in originals.cpu()]
+        return left_out
 
     def state_dict(self) -> dict:
         """What a resumption needs: tensors, numbers and text."""
-        names = ("scores", "index", "batch", "digests", "skipped", "counts", "size", "seconds", "outside")
+        names = (
+            "scores",
+            "index",
+            "batch",
+            "digests",
+            "skipped",
+            "not_finite",
+            "counts",
+            "steps",
+            "size",
+            "seconds",
+            "outside",
+        )
         state = {name: getattr(self, name) for name in names}
         state["moments"] = {key: [m.count, m.sum, m.products] for key, m in self.moments.items()}
         return state
@@ -187,8 +222,10 @@ class Evaluation:
         for name in ("index", "batch", "digests"):
             setattr(self, name, joined(part[name] for part in parts))
         self.skipped = sorted(value for part in parts for value in part["skipped"])
+        self.not_finite = sorted(value for part in parts for value in part["not_finite"])
         if self.counts is not None:
             self.counts = sum(part["counts"] for part in parts)
+        self.steps = sum(part["steps"] for part in parts)
 
     def fingerprint(self) -> str:
         """SHA-256 of the pixels of all originals, cropped, in their order: the same for the same images under the same
@@ -202,7 +239,7 @@ class Evaluation:
             ValueError: there were no images.
         """
         if not self.index:
-            raise ValueError("There were no images to evaluate, or none of them could be read.")
+            raise ValueError("There were no images to evaluate, or none of them could be read or gave finite numbers.")
         metrics, reasons, warnings = {}, {}, []
         if self.outside > 0.05 * len(self.index):
             warnings.append(
@@ -227,6 +264,13 @@ class Evaluation:
                     f"{name} is of {count} images{rank}: it is biased upwards and noisy. Compare it with values of as "
                     f"many images only, and publish it on {STABLE_FRECHET:,} or more (50,000 is usual)."
                 )
+        if self.patch_size:
+            metrics["blocking"] = blocking = blocking_of(*self.steps)
+            if not math.isfinite(blocking):
+                nothing = (
+                    "the originals or the reconstructions have no steps within patches, or there is one patch alone"
+                )
+                metrics["blocking"], reasons["blocking"] = None, f"not finite: {nothing}"
         if self.counts is not None:
             metrics |= codebook_statistics(self.counts)
             if metrics["codebook_tokens"] < 8 * len(self.counts):

@@ -17,6 +17,7 @@ from eval.lpips.lpips import load_lpips
 from eval.protocol import Protocol
 from eval.rfid.rfid import InceptionV3, load_inception_weights, load_statistics
 from modeling_simvq import PIXEL_STATISTICS
+from reading.models import loading
 
 
 _HINTS = {
@@ -146,7 +147,11 @@ def load_networks(
         name = "fd_" + feature.rstrip("/").replace(":", "/").split("/")[-1]
         if name in networks.frechet:
             raise ValueError(f"Two --features would be called {name}: rename one.")
-        network = load_object(feature) if ":" in feature else VisionFeatures(feature).to(device)
+        if ":" in feature:
+            network = load_object(feature)
+        else:
+            with loading(feature):
+                network = VisionFeatures(feature).to(device)
         networks.frechet[name] = network
         hashes[name] = weights_hash(network) if isinstance(network, nn.Module) else source_hash(network)
     return networks, reasons, hashes

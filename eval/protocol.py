@@ -1,6 +1,5 @@
 """Protocols: everything between image files and numbers that changes the numbers."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import InterpolationMode, center_crop, resize
 
+from eval.files import read_fields
 from eval.metrics import to_uint8
 from image_processing_simvq import to_rgb
 
@@ -52,6 +52,8 @@ class Protocol:
         ssim: window, see `ssim_per_image`.
         ms_ssim: MS-SSIM too, from 176 px a side.
         semantic_agreement: cosine similarity of the encoder's features of original and reconstruction.
+        blocking: how much the grid of a tokenizer's patches shows, see `eval/blocking`.
+        flat_colours: what a tokenizer makes of images of one colour, see `measure_flat_colours`.
         batch_size: images in a batch, where that changes the numbers; `None`: it does not.
     """
 
@@ -73,6 +75,8 @@ class Protocol:
     ssim: str | None
     ms_ssim: bool
     semantic_agreement: bool
+    blocking: bool
+    flat_colours: bool
     batch_size: int | None
 
     def __post_init__(self):
@@ -93,7 +97,7 @@ class Protocol:
         if not path.is_file():
             raise ValueError(f"No protocol '{name_or_path}': pass one of {', '.join(names())}, or a .json file.")
         try:
-            return cls(**json.loads(path.read_text()))
+            return cls(**read_fields(path))
         except TypeError as error:
             raise ValueError(f"{path}: {error}") from None
 

@@ -9,8 +9,9 @@
     python -m eval.reconstruction --real originals --fake reconstructions --output_dir results
 
 A tokenizer of this repository (or one with its methods), any function from pixels to pixels, or two folders of images:
-rFID, LPIPS, PSNR, SSIM, MS-SSIM, use of the codebook, semantic agreement, as far as the protocol has them. Protocols
-are the files of eval/protocols; docs/evaluation.md tells where they come from and how far apart they are.
+rFID, LPIPS, PSNR, SSIM, MS-SSIM, blocking, flat colours, use of the codebook, semantic agreement, as far as the
+protocol has them. Protocols are the files of eval/protocols; docs/evaluation.md tells where they come from and how far
+apart they are.
 
 Writes results.json (every number with all that it depends on), results.md, report.html (numbers, pictures, error maps,
 use of the codes), pictures.png and, where there are tokens, code_counts.npy. An interrupted run goes on when the same
@@ -27,28 +28,30 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, set_seed
+from transformers import set_seed
 
-from eval.crops import CroppedImages, collate_images
+from eval.batches import load_batches
+from eval.commands import ends_in_one_line
+from eval.crops import CroppedImages
 from eval.evaluation import Evaluation
 from eval.files import write_whole
+from eval.flat_colours import measure_flat_colours
 from eval.metrics import to_uint8
 from eval.networks import load_networks, load_object, source_hash, weights_hash
+from eval.options import present_device, whole_number
 from eval.protocol import Protocol, names
-from eval.results import library_versions, update_model_card, write_results
+from eval.results import (
+    check_model_card,
+    code_hash,
+    library_versions,
+    remove_results,
+    update_model_card,
+    write_results,
+)
 from eval.semantic_agreement.semantic_agreement import cosine_per_image
-from image_processing_simvq import VQRAEImageProcessor
-from modeling_simvq import VQRAEModel
-from modeling_simvq_gan import SimVQGANModel
+from reading.models import load_any
 from reading.sources import dataset_of_files, find_images, load_images, match_images
-
-
-for model_class in (VQRAEModel, SimVQGANModel):
-    AutoConfig.register(model_class.config_class.model_type, model_class.config_class)
-    AutoModel.register(model_class.config_class, model_class)
-    AutoImageProcessor.register(model_class.config_class, fast_image_processor_class=VQRAEImageProcessor)
 
 
 class ModelReconstruction:
@@ -62,9 +65,41 @@ class ModelReconstruction:
 
     def __init__(self, model, semantic_agreement: bool, reference=None) -> None:
         self.model, self.semantic_agreement, self.reference = model, semantic_agreement, reference
+        self._finite = None  # (B,), whether all latents of an image of the latest batch are
+
+        def look_at_latents(quantizer, args) -> None:
+            self._finite = args[0].isfinite().flatten(1).all(1)
+
+        if hasattr(model, "quantizer"):
+            model.quantizer.register_forward_pre_hook(look_at_latents)
 
     def __call__(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """(B, 3, H, W) in [0, 1] -> reconstructions, tokens, and scores by name, (B,) each."""
+        """(B, 3, H, W) in [0, 1] -> reconstructions, tokens, and scores by name, (B,) each. Where latents are not
+        finite, and so tokens mean nothing, the reconstruction is NaN."""
+        self._finite = None
+        try:
+            reconstructions, tokens, scores = self._reconstruct(pixels)
+        except ValueError:  # of a whole batch, over one image
+            finite = self._finite
+            if finite is None or finite.all():
+                raise
+            if not finite.any():
+                return torch.full_like(pixels, float("nan")), None, {}
+            parts = self._reconstruct(pixels[finite])
+
+            def among_all(part: torch.Tensor) -> torch.Tensor:
+                whole = part.new_zeros(len(pixels), *part.shape[1:])
+                whole[finite] = part
+                return whole
+
+            reconstructions, tokens = map(among_all, parts[:2])
+            scores = {name: among_all(values) for name, values in parts[2].items()}
+            self._finite = finite
+        if self._finite is not None:
+            reconstructions = reconstructions.masked_fill(~self._finite.view(-1, 1, 1, 1), float("nan"))
+        return reconstructions, tokens, scores
+
+    def _reconstruct(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         output = self.model(pixels, return_loss=False)
         reconstructions, scores = output.decoded_pixel_values, {}
         if self.semantic_agreement:
@@ -74,6 +109,17 @@ class ModelReconstruction:
             features = self.reference.get_image_features(pixels).last_hidden_state
             scores["feature_cosine"] = cosine_per_image(output.last_hidden_state, features)
         return reconstructions, output.image_tokens, scores
+
+
+def read_progress(file: Path) -> dict | None:
+    """What an interrupted `evaluate` left, if there is something that can be read."""
+    if not file.exists():
+        return None
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception:  # whatever a file brings up that was cut short, as on a disk that was full
+        print(f"{file} cannot be read: starting anew.", flush=True)
+        return None
 
 
 def evaluate(
@@ -104,18 +150,14 @@ def evaluate(
     state = PartialState()
     batches = [list(range(i, min(i + batch_size, len(images)))) for i in range(0, len(images), batch_size)]
     own = list(range(len(batches)))[state.process_index :: state.num_processes]
-    done = 0
-    if progress_file.exists():
-        progress = torch.load(progress_file, map_location="cpu", weights_only=True)
-        if progress["key"] == key:
-            done = progress["done"]
-            evaluation.load_state_dict(progress["evaluation"], device)
-            print(f"Going on after {len(evaluation.index)} images ({progress_file}).", flush=True)
-        else:
-            print(f"{progress_file} is of another evaluation: starting anew.", flush=True)
-    loader = DataLoader(
-        images, batch_sampler=[batches[i] for i in own[done:]], num_workers=num_workers, collate_fn=collate_images
-    )
+    done, progress = 0, read_progress(progress_file)
+    if progress and progress["key"] == key:
+        done = progress["done"]
+        evaluation.load_state_dict(progress["evaluation"], device)
+        print(f"Going on after {len(evaluation.index)} images ({progress_file}).", flush=True)
+    elif progress:
+        print(f"{progress_file} is of another evaluation: starting anew.", flush=True)
+    loader = load_batches(images, [batches[i] for i in own[done:]], num_workers)
     start = saved = time.monotonic()
     before = evaluation.seconds
 
@@ -143,7 +185,12 @@ def evaluate(
                     reconstructions = batch["reconstruction"].to(device) / 255
                 else:
                     reconstructions, tokens, scores = reconstruct(originals / 255)
-                evaluation.update(number, batch["index"], originals, reconstructions, tokens, **scores)
+                left_out = evaluation.update(number, batch["index"], originals, reconstructions, tokens, **scores)
+                for index in left_out:
+                    name = images.data[index]["image"]["path"] or f"image {index}"
+                    error = f"{name}: its latents, features or reconstruction hold NaN or infinity."
+                    tqdm.write(f"Left out: {error}")
+                    evaluation.skipped.append((index, error))
             done += 1
             bar.update(len(batches[number]))
             if time.monotonic() - saved > save_seconds:
@@ -172,18 +219,24 @@ def parse_arguments() -> argparse.Namespace:
     data.add_argument("--split", default="validation", help="Split of a hub dataset (default: validation).")
     data.add_argument("--dataset_config_name", help="Configuration of a hub dataset.")
     data.add_argument("--image_column", default="image", help="Column of a hub dataset (default: image).")
-    data.add_argument("--max_samples", type=int, help="Evaluate on that many images at most.")
+    data.add_argument("--max_samples", type=whole_number(), help="Evaluate on that many images at most.")
     how = parser.add_argument_group("how")
     how.add_argument(
         "--protocol", default="default", help=f"One of {', '.join(names())} (default: default), or a .json file."
     )
     how.add_argument(
-        "--image_size", type=int, help="Side of the crops, where neither protocol nor model says. Without: no crop."
+        "--image_size",
+        type=whole_number(),
+        help="Side of the crops, where neither protocol nor model says. Without: no crop.",
     )
-    how.add_argument("--batch_size", type=int, default=32, help="Images at a time (default: 32, or the protocol's).")
-    how.add_argument("--num_workers", type=int, help="Processes that load images (default: 8 beside a GPU, else 0).")
+    how.add_argument(
+        "--batch_size", type=whole_number(), default=32, help="Images at a time (default: 32, or the protocol's)."
+    )
+    how.add_argument(
+        "--num_workers", type=whole_number(0), help="Processes that load images (default: 8 beside a GPU, else 0)."
+    )
     how.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="Of the model.")
-    how.add_argument("--device", help="Default: cuda where there is one.")
+    how.add_argument("--device", type=present_device, help="Default: cuda where there is one.")
     metrics = parser.add_argument_group("metrics")
     metrics.add_argument(
         "--network_metrics",
@@ -213,7 +266,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--update_model_card",
         action="store_true",
-        help="Put the numbers into the metadata (model-index) of the model's README.md: in its folder, or on the hub.",
+        help="Put the numbers into the metadata (model-index) of the model's README.md: in its folder, or on the hub, "
+        "there on the branch of --revision.",
     )
     args = parser.parse_args()
     sources = [args.model_name_or_path, args.callable, args.real]
@@ -227,21 +281,25 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--callable needs --image_size, or a protocol that has one")
     if args.update_model_card and not args.model_name_or_path:
         parser.error("--update_model_card needs --model_name_or_path")
-    if args.update_model_card and Path(args.model_name_or_path).is_dir():
-        if not Path(args.model_name_or_path, "README.md").is_file():
-            parser.error(f"--update_model_card: {args.model_name_or_path} has no README.md")
     return args
 
 
 def main() -> None:
     args = parse_arguments()
-    state = PartialState(cpu=args.device == "cpu" or not torch.cuda.is_available())
-    device = torch.device(args.device or state.device)
+    on_cpu = args.device is not None and args.device.type == "cpu"
+    state = PartialState(cpu=on_cpu or not torch.cuda.is_available())
+    device = args.device or state.device
     set_seed(0)  # nothing is drawn; a foreign tokenizer may
+    # float32 is not TF32, to which NVIDIA's convolutions round their inputs unless told not to
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     protocol = Protocol.load(args.protocol)
+    if args.update_model_card:
+        check_model_card(args.model_name_or_path, args.revision)
     output = Path(args.output_dir)
 
-    size, reconstruct, codebook_size, fakes = protocol.image_size or args.image_size, None, None, None
+    size, reconstruct, fakes = protocol.image_size or args.image_size, None, None
+    codebook_size = patch_size = None
     files = []  # whose names, sizes and dates tell whether the images are still the same
     if protocol.image_size and args.image_size not in (None, protocol.image_size):
         raise ValueError(f"--image_size is {args.image_size}, but {protocol.name} is for {protocol.image_size} px.")
@@ -254,29 +312,32 @@ def main() -> None:
         files = find_images(args.data)
         data = dataset_of_files(files)
     else:
-        data = load_images(args.data, args.split, args.dataset_config_name, args.image_column)
+        with ends_in_one_line(ValueError):  # such as a split that it does not have
+            data = load_images(args.data, args.split, args.dataset_config_name, args.image_column)
     if args.callable:
         function = load_object(args.callable)
         source = {"callable": args.callable, "source_sha256": source_hash(function)}
 
         def reconstruct(pixels):
-            return function(pixels), None, {}
+            result = function(pixels)
+            if not isinstance(result, torch.Tensor):
+                raise ValueError(
+                    f"{args.callable} gave a {type(result).__name__}: it must give a tensor like its pixels."
+                )
+            return result, None, {}
 
     if args.model_name_or_path:
-        load = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
-        model = AutoModel.from_pretrained(args.model_name_or_path, dtype=getattr(torch, args.dtype), **load)
-        model.to(device).eval()
-        reference = None
-        if args.reference_model:
-            reference = AutoModel.from_pretrained(args.reference_model, trust_remote_code=args.trust_remote_code)
-            reference.to(device).eval()
+        trust = args.trust_remote_code
+        model = load_any(args.model_name_or_path, getattr(torch, args.dtype), trust, args.revision).to(device)
+        reference = load_any(args.reference_model, torch.float32, trust).to(device) if args.reference_model else None
         size = size or model.config.image_size
-        codebook_size = model.config.codebook_size
+        codebook_size, patch_size = model.config.codebook_size, getattr(model.config, "decoder_patch_size", None)
         reconstruct = ModelReconstruction(model, protocol.semantic_agreement, reference)
         source = {
             "model": args.model_name_or_path,
             "revision": getattr(model.config, "_commit_hash", None) or args.revision,
             "weights_sha256": weights_hash(model),
+            "config_sha256": hashlib.sha256(model.config.to_json_string(use_diff=False).encode()).hexdigest(),
             "dtype": args.dtype,
             "codebook_size": codebook_size,
             "reference_model": args.reference_model,
@@ -296,18 +357,24 @@ def main() -> None:
     batch_size = protocol.batch_size or args.batch_size
     settings = {"protocol": vars(protocol), "image_size": size, "source": source, "networks": hashes}
     settings |= {"reference_statistics": args.reference_statistics, "batch_size": batch_size}
-    settings |= {"num_processes": state.num_processes}
+    settings |= {"num_processes": state.num_processes, "device": str(device), "versions": library_versions()}
+    settings |= {"code_sha256": code_hash()}
     listed = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     everything = [settings, args.features, args.max_samples, data._fingerprint if not files else None, listed]
     key = hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
     images = CroppedImages(data, protocol, size, fakes)
-    evaluation = Evaluation(protocol, networks, codebook_size)
+    evaluation = Evaluation(protocol, networks, codebook_size, patch_size)
     workers = args.num_workers if args.num_workers is not None else 8 * (device.type == "cuda")
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     progress_file = output / f"progress-{state.process_index}-of-{state.num_processes}.pt"
+    if state.is_main_process:
+        remove_results(output)
     evaluate(evaluation, images, reconstruct, batch_size, workers, device, progress_file, key)
     if state.is_main_process:
         metrics, not_computed, warnings = evaluation.compute()
+        if args.model_name_or_path and protocol.flat_colours:
+            flat, why = measure_flat_colours(reconstruct, protocol, size, batch_size, device)
+            metrics, not_computed = metrics | flat, not_computed | why
         seconds = evaluation.seconds
         result = {
             "schema_version": 1,
@@ -316,6 +383,7 @@ def main() -> None:
             "warnings": warnings,
             "num_images": len(evaluation.index),
             "skipped_images": [error for _, error in evaluation.skipped],
+            "num_not_finite": len(evaluation.not_finite),
             **settings,
             "data": {
                 "name": args.data or args.real,
@@ -323,20 +391,22 @@ def main() -> None:
                 "config": args.dataset_config_name,
                 "pixels_sha256": evaluation.fingerprint(),
             },
-            "device": str(device),
             "seed": 0,
-            "versions": library_versions(),
             "started": started,
             "seconds": round(seconds, 1),
             "images_per_second": round(len(evaluation.index) / seconds, 2),
         }
         write_results(output, result, evaluation, images, reconstruct, device)
         if args.update_model_card:
-            update_model_card(args.model_name_or_path, result)
+            update_model_card(args.model_name_or_path, result, args.revision)
     state.wait_for_everyone()
     progress_file.unlink(missing_ok=True)
+    if state.is_main_process:
+        for file in output.glob("*progress-*-of-*.pt*"):  # those of a kill, or of another number of processes
+            file.unlink(missing_ok=True)
     state.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main()
+    with ends_in_one_line():
+        main()

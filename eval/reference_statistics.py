@@ -8,17 +8,18 @@ The file (`mu`, `sigma`) is what pytorch-fid reads and writes as well, and what 
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from eval.crops import CroppedImages, collate_images
+from eval.batches import load_batches
+from eval.commands import ends_in_one_line
+from eval.crops import CroppedImages
 from eval.files import write_whole
 from eval.networks import load_networks
+from eval.options import present_device, whole_number
 from eval.protocol import Protocol, names
 from eval.rfid.rfid import Moments
 from reading.sources import load_images
@@ -31,33 +32,42 @@ def main() -> None:
     parser.add_argument("--dataset_config_name", help="Configuration of a hub dataset.")
     parser.add_argument("--image_column", default="image", help="Column of a hub dataset (default: image).")
     parser.add_argument("--protocol", default="default", help=f"One of {', '.join(names())}, or a .json file.")
-    parser.add_argument("--image_size", type=int, help="Side of the crops, where the protocol does not say.")
+    parser.add_argument("--image_size", type=whole_number(), help="Side of the crops, where the protocol does not say.")
     parser.add_argument("--inception_weights", help="Local file with torch-fidelity's Inception weights.")
-    parser.add_argument("--batch_size", type=int, default=32, help="Images at a time (default: 32).")
-    parser.add_argument("--num_workers", type=int, default=0, help="Processes that load images (default: 0).")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Default: cuda, cpu.")
+    parser.add_argument("--batch_size", type=whole_number(), default=32, help="Images at a time (default: 32).")
+    parser.add_argument(
+        "--num_workers", type=whole_number(0), default=0, help="Processes that load images (default: 0)."
+    )
+    parser.add_argument(
+        "--device",
+        type=present_device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="Default: cuda where there is one.",
+    )
     parser.add_argument("--output_file", required=True, type=Path, help="The .npz file to write.")
     args = parser.parse_args()
-    protocol, device = Protocol.load(args.protocol), torch.device(args.device)
+    protocol, device = Protocol.load(args.protocol), args.device
     if protocol.inception is None:
         parser.error(f"protocol {protocol.name} has no rFID")
+    with ends_in_one_line(ValueError):  # such as a split that it does not have
+        data = load_images(args.data, args.split, args.dataset_config_name, args.image_column)
     networks, reasons, _ = load_networks(protocol, device, names=["rfid"], inception_weights=args.inception_weights)
     if "rfid" not in networks.frechet:
-        sys.exit(reasons["rfid"])
+        raise ValueError(f"No network for rFID: {reasons['rfid']}")
     network = networks.frechet["rfid"]
     moments = Moments(network.num_features, device)
-    data = load_images(args.data, args.split, args.dataset_config_name, args.image_column)
     images = CroppedImages(data, protocol, protocol.image_size or args.image_size)
-    loader = DataLoader(images, args.batch_size, num_workers=args.num_workers, collate_fn=collate_images)
+    numbers = torch.arange(len(images)).split(args.batch_size)
+    loader = load_batches(images, [part.tolist() for part in numbers], args.num_workers)
     with torch.inference_mode():
-        for batch in tqdm(loader, desc="Features", unit="batch"):
+        for batch in tqdm(loader, desc="Features", total=len(numbers), unit="batch"):
             for _, error in batch["skipped"]:
                 tqdm.write(f"Left out: {error}")
             if batch["index"]:
                 originals = batch["original"].to(device)
                 moments.update(network(originals / 255 if protocol.inception == "pytorch-fid" else originals))
     if moments.count < 2:
-        sys.exit(f"{int(moments.count)} images have no covariance.")
+        raise ValueError(f"{args.data} gave {int(moments.count)} images, which have no covariance: pass two or more.")
     mean, covariance = (tensor.cpu().numpy() for tensor in moments.compute())
 
     def save(path: Path) -> None:
@@ -69,4 +79,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with ends_in_one_line():
+        main()

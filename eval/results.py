@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import EvalResult, HfApi, ModelCard, file_exists, hf_hub_download
 
 from eval.files import sha256_of_files, write_whole
 from eval.pictures import as_html, rows_of, save_rows
@@ -21,6 +21,9 @@ TITLES = {
     "psnr": "PSNR, dB",
     "ssim": "SSIM",
     "ms_ssim": "MS-SSIM",
+    "blocking": "Blocking (1: no grid)",
+    "flat_colours_error": "Flat colours, error of 255",
+    "flat_colours_deviation": "Flat colours, deviation of 255",
     "semantic_agreement": "Semantic agreement (cosine)",
     "feature_cosine": "Cosine to the original features",
     "codebook_utilization": "Codebook utilization",
@@ -29,6 +32,9 @@ TITLES = {
     "codebook_tokens": "Tokens",
 }
 PICTURES = 8  # in each row
+ROOT = Path(__file__).resolve().parents[1]
+# results.json comes last: where it is, the others are there, and of the same evaluation
+FILES = ("code_counts.npy", "pictures.png", "report.html", "results.md", "results.json")
 
 
 def library_versions() -> dict[str, str]:
@@ -36,6 +42,18 @@ def library_versions() -> dict[str, str]:
     names = ("torch", "torchvision", "torchmetrics", "torch-fidelity", "transformers", "datasets", "accelerate")
     names += ("numpy", "pillow")
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
+
+
+def code_hash() -> str:
+    """SHA-256 of this repository's code from the file to the number."""
+    rooms = (ROOT.glob("*_simvq*.py"), (ROOT / "reading").rglob("*.py"), (ROOT / "eval").rglob("*.py"))
+    return sha256_of_files(*sorted(file for room in rooms for file in room))
+
+
+def remove_results(output: Path) -> None:
+    """Removes what an evaluation before left in a folder: it is not of the one that begins."""
+    for name in reversed(FILES):
+        (output / name).unlink(missing_ok=True)
 
 
 def title(metric: str) -> str:
@@ -55,13 +73,18 @@ def markdown(result: dict) -> str:
     lines.append(f"| images | {result['num_images']} |")
     size = f"{result['image_size']} px" if result["image_size"] else "images as they are"
     notes = [f"Protocol `{result['protocol']['name']}`, {size}."]
-    if result["skipped_images"]:
-        notes.append(f"{len(result['skipped_images'])} images could not be read and were left out.")
+    if unread := len(result["skipped_images"]) - result["num_not_finite"]:
+        notes.append(f"{unread} images could not be read and were left out.")
+    if result["num_not_finite"]:
+        notes.append(
+            f"{result['num_not_finite']} images were left out because numbers of the model were not finite: "
+            "`skipped_images` of results.json names them."
+        )
     return "\n".join(lines + ["", *(f"- {note}" for note in notes + result["warnings"])]) + "\n"
 
 
 def write_results(output: Path, result: dict, evaluation, images, reconstruct, device: torch.device) -> None:
-    """Writes everything and prints the table.
+    """Writes everything, results.json last, and prints the table.
 
     Args:
         output: folder.
@@ -71,10 +94,7 @@ def write_results(output: Path, result: dict, evaluation, images, reconstruct, d
         reconstruct: as for `evaluate`.
         device: of the tokenizer.
     """
-    write_whole(output / "results.json", lambda f: f.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n"))
-    table = markdown(result)
-    write_whole(output / "results.md", lambda f: f.write_text(table))
-    written = ["results.json", "results.md"]
+    written = []
     if evaluation.counts is not None:
         write_whole(output / "code_counts.npy", lambda f: _save_array(f, evaluation.counts.numpy()))
         written.append("code_counts.npy")
@@ -88,7 +108,10 @@ def write_results(output: Path, result: dict, evaluation, images, reconstruct, d
         save_rows(joined, output / "pictures.png", columns=max(len(scores) for _, scores in groups.values()))
         written.append(f"pictures.png (best, median, worst by {title(by)}: originals, reconstructions, errors x 4)")
     write_whole(output / "report.html", lambda f: f.write_text(_page(result, evaluation, groups, by)))
-    written.append("report.html")
+    table = markdown(result)
+    write_whole(output / "results.md", lambda f: f.write_text(table))
+    write_whole(output / "results.json", lambda f: f.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n"))
+    written += ["report.html", "results.md", "results.json"]
     print(table)
     for name in written:
         print(output / name)
@@ -217,16 +240,40 @@ def weights_file_hash(folder: Path) -> str | None:
     return sha256_of_files(*files) if files else None
 
 
-def update_model_card(name_or_path: str, result: dict) -> None:
+def check_model_card(name_or_path: str, revision: str | None) -> None:
+    """Whether `update_model_card` can do what it shall, asked before there is anything to write.
+
+    Raises:
+        ValueError: there is no card, or the revision is no branch.
+    """
+    if Path(name_or_path).is_dir():
+        if not Path(name_or_path, "README.md").is_file():
+            raise ValueError(f"--update_model_card: {name_or_path} has no README.md.")
+        return
+    branches = [branch.name for branch in HfApi().list_repo_refs(name_or_path).branches]
+    if revision is not None and revision not in branches:
+        raise ValueError(
+            f"--update_model_card writes to a branch, and --revision {revision} is none of {name_or_path}, which has "
+            f"{', '.join(branches)}: a tag or a commit cannot be changed. Pass the branch, or leave out "
+            "--update_model_card."
+        )
+    if not file_exists(name_or_path, "README.md", revision=revision):
+        raise ValueError(f"--update_model_card: {name_or_path} has no README.md at {revision or 'main'}.")
+
+
+def update_model_card(name_or_path: str, result: dict, revision: str | None = None) -> None:
     """Puts the numbers into the model-index of a model's card; those it has of the same data and protocol are replaced.
 
     Args:
         name_or_path: the model's folder, or its repository on the hub, to which the card is pushed.
         result: as in results.json.
+        revision: the branch of the repository, whose card is read and written; `None`: main.
     """
     folder = Path(name_or_path)
     local = folder.is_dir()
-    card = ModelCard.load(folder / "README.md" if local else name_or_path)
+    card = ModelCard.load(
+        folder / "README.md" if local else hf_hub_download(name_or_path, "README.md", revision=revision)
+    )
     new = evaluation_results(result, weights_file_hash(folder) if local else None)
     replaced = {(entry.dataset_name, entry.metric_name) for entry in new}
     old = [x for x in card.data.eval_results or [] if (x.dataset_name, x.metric_name) not in replaced]
@@ -235,4 +282,4 @@ def update_model_card(name_or_path: str, result: dict) -> None:
     if local:
         write_whole(folder / "README.md", lambda file: file.write_text(str(card)))
     else:
-        card.push_to_hub(name_or_path, commit_message="Evaluation results")
+        card.push_to_hub(name_or_path, commit_message="Evaluation results", revision=revision)

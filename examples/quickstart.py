@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torchvision.transforms.functional import pil_to_tensor
 
+from eval.commands import ends_in_one_line
 from eval.files import write_whole
 from eval.pictures import as_html, rows_of
 from eval.results import title
@@ -49,7 +50,8 @@ README.md, "Train on your images", for a tokenizer on another encoder."""
 def run(*command: str) -> None:
     """One command of the repository, shown as it is typed."""
     print(f"\n$ python {shlex.join(command)}", flush=True)
-    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+    if subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
+        raise RuntimeError("the command above did not end well; given again, the quick start goes on from there.")
 
 
 def measure(model: str, name: str) -> dict[str, float]:
@@ -104,9 +106,10 @@ def main() -> None:
 
     print(f"\n{len(emoji)} held-out emoji of 112 px:")
     for cells in [["", "before", "after"], *table]:
-        print("{:>24} {:>12} {:>12}".format(*cells))
+        print("{:>30} {:>12} {:>12}".format(*cells))
     print(f"\nPictures: {page}\n(the same as an image: {picture})\n\n{NEXT}")
 
 
 if __name__ == "__main__":
-    main()
+    with ends_in_one_line():
+        main()

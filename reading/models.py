@@ -1,10 +1,12 @@
 """Loading a trained tokenizer of either kind by the classes of this repository: code that comes with a model is not
-run."""
+run, unless it is another kind of model and that is asked for."""
 
+from contextlib import contextmanager
 from dataclasses import fields
 
 import torch
-from transformers import PreTrainedConfig
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from configuration_simvq import VQRAEConfig
 from image_processing_simvq import VQRAEImageProcessor
@@ -13,6 +15,41 @@ from modeling_simvq_gan import SimVQGANModel
 
 
 MODELS = {model.config_class.model_type: model for model in (VQRAEModel, SimVQGANModel)}
+for model_type, model in MODELS.items():  # AutoModel takes ours in place of the code beside a checkpoint
+    AutoConfig.register(model_type, model.config_class)
+    AutoModel.register(model.config_class, model)
+
+
+@contextmanager
+def loading(name_or_path: str):
+    """Around what a library loads: its errors become a ValueError that names what was to be loaded, in one line."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{name_or_path} cannot be loaded: {' '.join(str(error).split())}") from error
+
+
+def load_any(
+    name_or_path: str, dtype: torch.dtype, trust_remote_code: bool = False, revision: str | None = None
+) -> PreTrainedModel:
+    """A tokenizer of either kind, or one of others with their methods, in eval mode.
+
+    Args:
+        name_or_path: folder or hub repository.
+        dtype: of its weights, whatever the checkpoint holds.
+        trust_remote_code: run the modeling code that comes with a model of another kind.
+        revision: branch, tag or commit of a hub repository.
+
+    Raises:
+        ValueError: it cannot be loaded so, or is no tokenizer.
+    """
+    options = {"trust_remote_code": trust_remote_code, "revision": revision}
+    with loading(name_or_path):
+        model = AutoModel.from_pretrained(name_or_path, dtype=dtype, **options).eval()
+    if not hasattr(model.config, "codebook_size"):
+        kind = type(model).__name__
+        raise ValueError(f"{name_or_path} is a {kind}, not a tokenizer: its configuration has no codebook_size.")
+    return model
 
 
 def check_fields(config_class: type[PreTrainedConfig], config: dict, whose: str) -> None:
@@ -37,10 +74,11 @@ def load_pretrained(name_or_path: str, config: dict, hub_kwargs: dict | None = N
         hub_kwargs: for the hub: `revision`, `token`, ...
 
     Raises:
-        ValueError: another kind of model, or fields that its configuration does not have.
+        ValueError: another kind of model, fields that its configuration does not have, or what cannot be loaded.
     """
     hub_kwargs = hub_kwargs or {}
-    model_type = PreTrainedConfig.get_config_dict(name_or_path, **hub_kwargs)[0].get("model_type")
+    with loading(name_or_path):
+        model_type = PreTrainedConfig.get_config_dict(name_or_path, **hub_kwargs)[0].get("model_type")
     if model_type not in MODELS:
         raise ValueError(f"{name_or_path} is a model of type '{model_type}', expected one of {', '.join(MODELS)}.")
     config_class = MODELS[model_type].config_class
@@ -49,7 +87,8 @@ def load_pretrained(name_or_path: str, config: dict, hub_kwargs: dict | None = N
         saved = VQRAEConfig.from_pretrained(name_or_path, **hub_kwargs)
         grid = config["image_size"] // config.get("decoder_patch_size", saved.decoder_patch_size)
         config = {"encoder_input_size": grid * saved.encoder_patch_size, **config}
-    model = MODELS[model_type].from_pretrained(name_or_path, dtype=torch.float32, **hub_kwargs, **config)
+    with loading(name_or_path):
+        model = MODELS[model_type].from_pretrained(name_or_path, dtype=torch.float32, **hub_kwargs, **config)
     model.config.validate_architecture()  # transformers does it when the model is saved
     return model
 

@@ -1,15 +1,19 @@
 """Tiny models and images; no downloads."""
 
 import os
+import sys
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from skimage import data as photographs
 
 from configuration_simvq import VQRAEConfig
+from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import VQRAEModel
 
 
@@ -61,3 +65,73 @@ def image_folder(tmp_path):
             noise = torch.randint(0, 256, (6, 8, 3), dtype=torch.uint8, generator=generator)
             Image.fromarray(noise.numpy()).resize((48, 40)).save(folder / f"{source}-{number}.png")
     return folder
+
+
+# Evaluation -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def pair():
+    """Three photographs and noisy ones, (3, 3, 128, 128) of uint8; of very different error."""
+    images = [
+        photographs.astronaut()[:128, 100:228],
+        photographs.coffee()[:128, :128],
+        photographs.chelsea()[:128, :128],
+    ]
+    real = np.stack(images)
+    noise = np.random.default_rng(0).normal(size=real.shape) * np.array([2, 20, 60]).reshape(-1, 1, 1, 1)
+    fake = (real + noise).clip(0, 255).astype(np.uint8)
+    return tuple(torch.from_numpy(x).permute(0, 3, 1, 2).contiguous() for x in (real, fake))
+
+
+@pytest.fixture(scope="session")
+def inception_weights(tmp_path_factory):
+    """A file of random weights of torch-fidelity's network."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save({}, path)
+    with pytest.MonkeyPatch.context() as patch:  # its own layers, without weights
+        patch.setattr(torch.nn.Module, "load_state_dict", lambda *args, **kwargs: None)
+        network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path))
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)  # keeps activations at their size
+    torch.save(network.state_dict(), path)
+    return path
+
+
+class MeanColors(torch.nn.Module):
+    """Features for a Frechet distance without weights: local means and contrasts."""
+
+    def forward(self, images):
+        cells = images.float().unfold(2, 16, 16).unfold(3, 16, 16).flatten(4)
+        return torch.cat([cells.mean(-1), cells.diff(dim=-1).abs().mean(-1)], 1).flatten(1)[:, ::7]
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path, capsys):
+    """Runs eval/reconstruction.py in `tmp_path`; gives what it prints or, with `fails`, the text of its error."""
+    from eval import reconstruction
+
+    def run_it(*arguments, fails: bool = False) -> str:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["reconstruction.py", *map(str, arguments)])
+        if not fails:
+            reconstruction.main()
+            return capsys.readouterr().out
+        with pytest.raises((SystemExit, ValueError, RuntimeError)) as error:
+            reconstruction.main()
+        return f"{capsys.readouterr().err} {error.value}"
+
+    return run_it
+
+
+@pytest.fixture
+def saved_model(tmp_path):
+    torch.manual_seed(0)
+    model = VQRAEModel(tiny_config()).eval()
+    model.save_pretrained(tmp_path / "model")
+    VQRAEImageProcessor.for_image_size(32).save_pretrained(tmp_path / "model")
+    return model

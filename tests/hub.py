@@ -28,7 +28,7 @@ class LocalHub:
         self.objects = {}  # of LFS, by SHA-256
         self.requests = []  # method and path
         self.unknown = []  # that nobody handled
-        self.fails_at = None  # a part of a path: requests to it are answered with 400
+        self.fails_at = None  # a pattern of paths: requests to these are answered with 400
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         self.environment = {
@@ -86,7 +86,7 @@ class LocalHub:
                 path = unquote(urlparse(self.path).path)
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 hub.requests.append((self.command, path))
-                if hub.fails_at and hub.fails_at in path:
+                if hub.fails_at and re.search(hub.fails_at, path):
                     return self.answer(400, {"error": "broken on purpose"})
                 for pattern, method in ROUTES:
                     if match := re.fullmatch(pattern, path):
@@ -137,6 +137,12 @@ class LocalHub:
             def branch(self, body, repository, branch) -> None:
                 hub.branches[repository].setdefault(branch, hub.branches[repository]["main"])
                 self.answer(200, {})
+
+            def refs(self, body, repository) -> None:
+                if self.allowed(repository):
+                    branches = hub.branches[repository].items()
+                    found = [{"name": x, "ref": f"refs/heads/{x}", "targetCommit": commit} for x, commit in branches]
+                    self.answer(200, {"branches": found, "converts": [], "tags": []})
 
             def valid(self, body) -> None:
                 self.answer(200, {"errors": [], "warnings": []})
@@ -209,6 +215,7 @@ class LocalHub:
             (r"/api/repos/create", Handler.create),
             (r"/api/validate-yaml", Handler.valid),
             (rf"{model}/branch/(.+)", Handler.branch),
+            (rf"{model}/refs", Handler.refs),
             (rf"{model}/preupload/(.+)", Handler.preupload),
             (rf"{model}/commit/(.+)", Handler.commit),
             (rf"{model}/tree/([^/]+).*", Handler.tree),

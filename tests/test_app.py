@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import urllib.request
 
 import numpy as np
@@ -232,18 +233,24 @@ def served(tmp_path_factory):
         text=True,
     )
     try:
-        lines = []
+        lines, ended = [], threading.Timer(300, process.kill)  # which ends the lines
+        ended.start()
         while not lines or "Running on" not in lines[-1]:
             lines.append(process.stdout.readline())
             assert lines[-1], "".join(lines)
+        ended.cancel()
         yield (
             VQRAEModel.from_pretrained(folder).eval(),
             VQRAEImageProcessor.from_pretrained(folder),
             f"http://127.0.0.1:{port}",
         )
     finally:
+        ended.cancel()
         process.terminate()
-        process.communicate()
+        try:
+            process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 class Page:
@@ -269,7 +276,7 @@ class Page:
 
     def pixels(self, selector: str) -> np.ndarray:
         """Of the file that an `<img>` shows."""
-        with urllib.request.urlopen(self.source(selector)) as response:
+        with urllib.request.urlopen(self.source(selector), timeout=60) as response:
             return np.asarray(Image.open(io.BytesIO(response.read())), dtype=np.int16)
 
     @contextlib.contextmanager
@@ -311,6 +318,7 @@ def page(served):
     for argument in ("--headless=new", "--no-sandbox", "--hide-scrollbars", "--window-size=1280,1100"):
         options.add_argument(argument)
     driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    driver.set_page_load_timeout(60)
     try:
         yield Page(driver, served[2])
     finally:

@@ -1,13 +1,14 @@
 """k-means codes: what SimVQ.fit makes, how the model and the Trainer use it, and the watch over the codebook."""
 
 import json
+import sys
 
 import pytest
 import torch
 from conftest import tiny_config
 from safetensors.torch import load_file
 from sklearn.cluster import KMeans
-from test_loading import ROOT, run
+from test_loading import ROOT
 from test_training import make_trainer
 
 from configuration_simvq import VQRAEConfig
@@ -34,7 +35,7 @@ def test_kmeans_is_lloyds_algorithm():
 
 
 def test_centroids_without_samples_are_replaced():
-    samples = torch.cat([torch.zeros(98, 4), torch.ones(2, 4)])  # most first centroids coincide
+    samples = torch.cat([torch.full((98, 4), 3.0), torch.ones(2, 4)])  # most first centroids coincide
     centroids = kmeans(samples, 8, 3, torch.Generator().manual_seed(0))
     assert all((centroid == samples).all(1).any() for centroid in centroids)
 
@@ -228,9 +229,11 @@ def test_start_of_a_new_model_in_the_script(fields, asked_for, expected):
     assert load_model(ModelArguments(model_config=config, codebook_init=asked_for)).config.codebook_init == expected
 
 
-def test_script_of_the_benchmark(tmp_path, image_folder, monkeypatch):
+def test_script_of_the_benchmark(tmp_path, image_folder, monkeypatch, capsys):
     """A smoke run of every part, and a second one that finds all done."""
     from transformers import AutoConfig, Dinov2Model
+
+    from benchmarks import collapse
 
     encoder = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 14, "image_size": 28}
     Dinov2Model(AutoConfig.for_model("dinov2", **encoder)).save_pretrained(tmp_path / "encoder")
@@ -242,18 +245,21 @@ def test_script_of_the_benchmark(tmp_path, image_folder, monkeypatch):
     settings["small_vit"] |= {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "image_size": 28}
     settings["decoder"] |= {"decoder_hidden_size": 32, "decoder_intermediate_size": 64}
     (tmp_path / "settings.json").write_text(json.dumps(settings))
-    arguments = ["-m", "benchmarks.collapse", "--encoder", "encoder", "--data", str(image_folder)]
-    arguments += ["--config", "settings.json", "--output_dir", "out"]
-    no_download = {"TORCH_HOME": str(tmp_path / "torch"), "https_proxy": "http://127.0.0.1:9"}
-    output = run(arguments, tmp_path, **no_download)
-    assert "Run 23 of 23" in output
+    arguments = ["collapse.py", "--encoder", "encoder", "--data", str(image_folder)]
+    monkeypatch.setattr(sys, "argv", [*arguments, "--config", "settings.json", "--output_dir", "out"])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))  # and no download
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    collapse.main()
+    assert "Run 23 of 23" in capsys.readouterr().out
     assert {"results.md", "results.json", "curves.png", "pictures.png"} <= {
         p.name for p in (tmp_path / "out").iterdir()
     }
     assert not list((tmp_path / "out").rglob("unfinished*"))
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["stage1/8/SimVQ, k-means"]["history"][-1]["all_crops"]["codebook_tokens"] == 24 * 4
-    assert "Run" not in run(arguments, tmp_path, **no_download)
+    collapse.main()
+    assert "Run" not in capsys.readouterr().out
 
 
 def test_script_of_the_layers(tmp_path, image_folder, capsys):

@@ -1,6 +1,7 @@
 """The code in the documentation runs."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,16 +19,38 @@ def blocks(path: str, language: str = "python") -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / path).read_text(), flags=re.M | re.S)
 
 
-def test_files_that_documents_name_are_there():
-    for document in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("checkpoints/*.md")]:
-        named = set(
-            re.findall(
-                r"(?<![\w/])(?:checkpoints|configs|docs|eval|examples|benchmarks|convert|reading|training)/[\w/.-]*\.(?:json|md|py|png|jpg|yaml)",
-                document.read_text(),
-            )
-        )
-        missing = [name for name in named if not (ROOT / name).exists()]
-        assert not missing, (document.name, missing)
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/*/README.md"), ROOT / "examples" / "CREDITS.md"]
+
+
+def test_all_documents_are_looked_at():
+    names = {str(document.relative_to(ROOT)) for document in DOCUMENTS}
+    assert {"README.md", "docs/evaluation.md", "eval/rfid/README.md"} <= names
+    assert "checkpoints/vqrae-dinov2-small/README.md" in names
+
+
+def anchors(document: Path) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)", re.sub(r"^```.*?^```", "", document.read_text(), flags=re.M | re.S), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_a_document_names_is_there(document):
+    """Files, modules that are run, tests, and links with their anchors."""
+    text = document.read_text()
+    rooms = "checkpoints|configs|docs|eval|examples|benchmarks|convert|reading|training"
+    named = set(re.findall(rf"(?<![\w/])(?:{rooms})/[\w/.-]*\.(?:json|md|py|png|jpg|txt|yaml)", text))
+    named |= set(re.findall(r"(?<![\w/])tests/\w+\.py", text))
+    named |= {f"{module.replace('.', '/')}.py" for module in re.findall(rf"-m ((?:{rooms})(?:\.\w+)+)", text)}
+    assert not [name for name in named if not (ROOT / name).exists()]
+    tests = "".join(file.read_text() for file in (ROOT / "tests").glob("*.py"))
+    assert not [name for name in re.findall(r"`(test_\w+)`", text) if f"def {name}(" not in tests]
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if "://" not in target:
+            file, _, anchor = target.partition("#")
+            linked = (document.parent / file).resolve() if file else document
+            assert linked.exists(), target
+            assert not anchor or anchor in anchors(linked), target
 
 
 def test_downstream_snippets(tmp_path, image_folder):

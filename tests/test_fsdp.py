@@ -4,8 +4,6 @@ accelerate takes processes on CPUs for DDP, whatever its configuration says; `sh
 rest is what runs on GPUs."""
 
 import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +13,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from conftest import ENCODERS, tiny_config
 from PIL import Image
 from safetensors.torch import load_file
-from test_loading import ROOT
+from test_loading import ROOT, finish
 from test_survival import EVERYTHING, nan_at
 from test_training import make_trainer, training_arguments
 from torch.distributed.tensor import DTensor
@@ -105,14 +103,9 @@ def runs(tmp_path_factory):
     (folder / "program.py").write_text(
         f"import sys\nsys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}\nfrom test_fsdp import program\nprogram()\n"
     )
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
-    done = subprocess.run(
-        [*launch, "--config_file", str(ROOT / "configs" / "accelerate_fsdp.yaml"), "program.py"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    launch = ["-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
+    launch += ["--config_file", ROOT / "configs" / "accelerate_fsdp.yaml", "program.py"]
+    done = finish(launch, folder, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr[-6000:]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

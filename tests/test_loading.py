@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import tiny_config
 
@@ -13,25 +14,44 @@ from modeling_simvq import VQRAEModel
 
 
 ROOT = Path(__file__).parents[1]
+TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def finish(arguments, cwd, seconds: float = 900, **environment) -> subprocess.CompletedProcess:
+    """A Python process, and what it prints, at its end; after `seconds` it is ended, with all that it started."""
+    with subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            output, errors = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # a launcher ends its workers, which would hold the pipes open for ever
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            raise
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
 def run(code_or_arguments, cwd, **environment) -> str:
     """Standard output of a fresh Python process outside the repository, which knows the repository only if one of its
     scripts runs as a module."""
     arguments = ["-c", code_or_arguments] if isinstance(code_or_arguments, str) else code_or_arguments
-    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    if arguments[0] == "-m" and (ROOT / arguments[1].split(".")[0]).is_dir():
-        environment.setdefault("PYTHONPATH", str(ROOT))
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=cwd,
-        env=inherited | environment,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    known = arguments[0] == "-m" and (ROOT / arguments[1].split(".")[0]).is_dir()
+    done = finish(arguments, cwd, **{"PYTHONPATH": str(ROOT) if known else "", **environment})
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_what_a_test_starts_comes_to_an_end(tmp_path):
+    with pytest.raises(subprocess.TimeoutExpired):
+        finish(["-c", "import time; time.sleep(600)"], tmp_path, seconds=1)
 
 
 def test_from_a_clone(tmp_path):

@@ -153,6 +153,21 @@ def test_dino_discriminator(tiny_vit):
             assert torch.linalg.matrix_norm(module.weight.flatten(1), 2) < 2
 
 
+def test_a_dino_discriminator_learns_from_fakes_as_a_file_holds_them(tmp_path, tiny_vit):
+    """Pixels between or beyond the levels of a file would give every fake away; the generator is judged on its own."""
+    from accelerate import Accelerator
+
+    args = training_arguments(tmp_path, gan_weight=0.1, discriminator="dino", discriminator_name_or_path=tiny_vit)
+    adversary = Adversary(args)
+    adversary.prepare(Accelerator(cpu=True))
+    real, fake, seen = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32) * 1.2 - 0.1, []
+    adversary.pair.discriminator.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    adversary.backward(real, fake, 1)
+    adversary.generator_loss(fake)
+    assert torch.equal(seen[0], real) and torch.equal(seen[2], fake)
+    assert torch.equal(seen[1], (fake.clamp(0, 1) * 255).round() / 255) and not torch.equal(seen[1], fake)
+
+
 def test_augmentation_moves_recolours_and_cuts():
     torch.manual_seed(0)
     pixels = torch.rand(64, 3, 16, 16).requires_grad_()
@@ -165,6 +180,14 @@ def test_augmentation_moves_recolours_and_cuts():
     assert (grey.amax((1, 2, 3)) - grey.amin((1, 2, 3))).max() < 1e-6
     brightness = grey.mean((1, 2, 3)) - 0.5
     assert -0.25 <= brightness.min() < -0.1 and 0.1 < brightness.max() <= 0.25
+    # contrast: half to one and a half of a step; saturation: none to double of what colours differ by
+    step = torch.full((64, 3, 16, 16), 0.4)
+    step[..., 8:] = 0.6
+    contrast = augment(step)[:, :, 4:12, [4, 11]].diff(dim=-1).mean((1, 2, 3)) / 0.2
+    assert 0.5 <= contrast.min() < 0.65 and 1.35 < contrast.max() <= 1.5
+    colours = augment(torch.tensor([0.6, 0.4, 0.5]).view(1, 3, 1, 1).expand(64, 3, 16, 16))
+    saturation = (colours[:, 0] - colours[:, 1])[:, 4:12, 4:12].mean((1, 2)) / 0.2
+    assert 0 <= saturation.min() < 0.2 and 1.6 < saturation.max() <= 3
     # a lone white pixel is found within two pixels (an eighth of 16) of its place
     dot = torch.zeros(64, 3, 16, 16)
     dot[:, :, 8, 8] = 1

@@ -95,6 +95,51 @@ def test_the_patch_embedding_is_layer_0(pixels):
         torch.testing.assert_close(model.get_latents(pixels), embedded)
 
 
+@torch.no_grad()
+def test_the_decoder_is_maes_written_out():
+    """A class token without a position in front, fixed positions, pre-norm layers, and the pixels of each patch row by
+    row, on a grid that is not square."""
+    torch.manual_seed(0)
+    model = VQRAEModel(tiny_config(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6])).eval()
+    weights = {name.removeprefix("decoder."): tensor for name, tensor in model.state_dict().items()}
+    for tensor in weights.values():
+        if tensor.ndim == 1:
+            tensor.add_(0.1 * torch.randn(tensor.shape))  # biases and norms that matter
+    weights["cls_token"].normal_()
+
+    def linear(x, name):
+        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+    def norm(x, name):
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + eps).sqrt()
+        return x * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    eps, heads = model.config.decoder_layer_norm_eps, model.config.decoder_num_attention_heads
+    latents = torch.randn(2, 6, 32)
+    x = linear(latents, "decoder_embed") + sincos_positions(2, 3, 32, "cpu").float()
+    x = torch.cat([weights["cls_token"].expand(2, 1, 32), x], 1)
+    for number in range(model.config.decoder_num_hidden_layers):
+        layer = f"decoder_layers.{number}"
+        y = norm(x, f"{layer}.layernorm_before")
+        q, k, v = (linear(y, f"{layer}.attention.{part}_proj").chunk(heads, -1) for part in "qkv")
+        scores = [(a @ b.mT / a.shape[-1] ** 0.5).softmax(-1) @ c for a, b, c in zip(q, k, v)]
+        x = x + linear(torch.cat(scores, -1), f"{layer}.attention.o_proj")
+        y = linear(norm(x, f"{layer}.layernorm_after"), f"{layer}.fc1")
+        x = x + linear(torch.nn.functional.gelu(y), f"{layer}.fc2")
+    patches = linear(norm(x[:, 1:], "decoder_norm"), "decoder_pred")
+    expected = torch.zeros(2, 3, 16, 24)
+    for token in range(6):
+        top, left = 8 * (token // 3), 8 * (token % 3)
+        values = iter(patches[:, token].T)
+        for row in range(8):
+            for column in range(8):
+                for channel in range(3):
+                    expected[:, channel, top + row, left + column] = next(values)
+    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6]))
+    decoded = model.decode_latents(latents, (2, 3)).decoded_pixel_values
+    torch.testing.assert_close(decoded, expected * std + mean, atol=1e-5, rtol=1e-4)
+
+
 def test_known_tokens_take_the_place_of_encoder_and_search(tiny_model, pixels, monkeypatch):
     tiny_model.eval()
     tokens = tiny_model.get_image_tokens(pixels)

@@ -119,6 +119,18 @@ def test_near_ties_that_fp32_gets_wrong_are_decided_in_float64():
     assert torch.equal(quantizer(z[None])[2][0], distances.argmin(1))
 
 
+def test_codes_that_are_exactly_as_near_are_decided_by_their_order_where_float64_rounds():
+    """z + d and z - d, of so many bits and dimensions that their float64 scores differ by rounding."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        z, d = (torch.randint(-(2**22), 2**22, (4096,), generator=generator) / 2**24 for _ in range(2))
+        pair = torch.stack([z + d, z - d])
+        quantizer = VectorQuantizer(4, 4096)
+        for codes in (pair, pair.flip(0)):
+            quantizer.embedding.weight.data = torch.cat([codes, -codes])  # of mean 0, so that centring is exact
+            assert quantizer(z[None, None])[2].item() == 0
+
+
 def test_tiling_does_not_change_the_result(monkeypatch):
     torch.manual_seed(0)
     quantizer, z = SimVQ(301, 16), torch.randn(1, 157, 16)
@@ -183,8 +195,15 @@ def fit(quantizer):
     return quantizer
 
 
+def other_codes(quantizer):
+    """The codebook alone; the projection is as it was."""
+    quantizer.embedding.weight.mul_(-1)
+    return quantizer
+
+
 @pytest.mark.parametrize(
-    "change", [optimizer_step, load_other, edit_data, fit, lambda q: q.to(torch.bfloat16), lambda q: q.double()]
+    "change",
+    [optimizer_step, load_other, edit_data, other_codes, fit, lambda q: q.to(torch.bfloat16), lambda q: q.double()],
 )
 def test_cached_codes_never_outlive_their_parameters(change):
     torch.manual_seed(0)

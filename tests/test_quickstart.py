@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from test_loading import ROOT, run
 
+from eval import reconstruction
+from eval.commands import ends_in_one_line
 from eval.results import weights_file_hash
 from examples import quickstart
 from image_processing_simvq import VQRAEImageProcessor
@@ -56,6 +59,15 @@ def test_quick_start_reconstructs_fine_tunes_measures_and_writes_its_page(tmp_pa
     assert str(tmp_path / "out" / "quickstart.html") in capsys.readouterr().out
 
 
+def test_a_command_that_does_not_end_well_ends_the_quick_start(monkeypatch, capsys):
+    """The command has said why; nothing of what would follow is done."""
+    monkeypatch.setattr(sys, "argv", ["quickstart.py"])
+    with pytest.raises(SystemExit) as end, ends_in_one_line():
+        quickstart.run("-c", "raise SystemExit(3)")
+    assert end.value.code == 1
+    assert capsys.readouterr().err.startswith("quickstart.py: error: the command above did not end well")
+
+
 def test_what_is_trained_on_is_not_what_is_held_out():
     train, heldout = ((ROOT / "examples" / f"{name}.txt").read_text().split() for name in ("train", "heldout"))
     assert len(train) == 275 and len(heldout) == 43 and not set(train) & set(heldout)
@@ -97,19 +109,41 @@ def test_checkpoint_is_small_and_its_card_is_of_its_weights():
     assert card.data.eval_results and all(r.metric_args["model_sha256"] == own for r in card.data.eval_results)
 
 
+def measured_and_told(data: str, protocol: str, folder: Path, monkeypatch) -> tuple[dict, dict]:
+    """Metrics of the checkpoint on images, and what its card says of the same pixels, by name."""
+    command = ["--model_name_or_path", str(CHECKPOINT), "--protocol", protocol, "--network_metrics", "--data", data]
+    monkeypatch.setattr(sys, "argv", ["reconstruction.py", *command, "--output_dir", str(folder)])
+    reconstruction.main()
+    result = json.loads((folder / "results.json").read_text())
+    results = ModelCard.load(CHECKPOINT / "README.md").data.eval_results
+    same = [r for r in results if r.dataset_args["pixels_sha256"] == result["data"]["pixels_sha256"]]
+    return result["metrics"], {r.metric_type: r.metric_value for r in same}
+
+
+def protocol_without(folder: Path, **left_out) -> str:
+    """The protocol default without what takes long."""
+    default = json.loads((ROOT / "eval" / "protocols" / "default.json").read_text())
+    (folder / "quick.json").write_text(json.dumps(default | left_out))
+    return str(folder / "quick.json")
+
+
+def test_all_numbers_of_the_card_are_those_of_the_four_photographs(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)  # the list names files from here
+    protocol = protocol_without(tmp_path, flat_colours=False)
+    measured, told = measured_and_told("examples/photographs.txt", protocol, tmp_path / "out", monkeypatch)
+    assert {"psnr", "ssim", "ms_ssim", "semantic_agreement", "codebook_perplexity"} <= told.keys()
+    for name in told.keys() - {"lpips_alex", "lpips_vgg"}:
+        if not name.startswith("flat_colours"):
+            assert measured[name] == pytest.approx(told[name], rel=1e-3), name
+
+
 @pytest.mark.skipif("VQRAE_ASSETS" not in os.environ, reason="needs the photographs (VQRAE_ASSETS)")
-def test_metrics_of_the_card_are_measured_again(tmp_path):
+def test_metrics_of_the_card_are_measured_again(tmp_path, monkeypatch):
+    """On all of its held-out photographs."""
     photos = split_files(find_images(Path(os.environ["VQRAE_ASSETS"]) / "photos"), 0.15, "-")[1]
     (tmp_path / "heldout_photos.txt").write_text("".join(f"{file}\n" for file in photos))
-    command = ["-m", "eval.reconstruction", "--model_name_or_path", str(CHECKPOINT), "--network_metrics"]
-    command += ["--data", "heldout_photos.txt", "--output_dir", "results"]
-    run(command, tmp_path)
-    measured = json.loads((tmp_path / "results" / "results.json").read_text())
-    card = ModelCard.load(CHECKPOINT / "README.md")
-    told = {
-        r.metric_type: r.metric_value
-        for r in card.data.eval_results
-        if r.dataset_args["pixels_sha256"] == measured["data"]["pixels_sha256"]
-    }
+    protocol = protocol_without(tmp_path, flat_colours=False, semantic_agreement=False, ms_ssim=False)
+    data = str(tmp_path / "heldout_photos.txt")
+    measured, told = measured_and_told(data, protocol, tmp_path / "out", monkeypatch)
     for name in ("psnr", "ssim"):
-        assert measured["metrics"][name] == pytest.approx(told[name], rel=1e-3), name
+        assert measured[name] == pytest.approx(told[name], rel=1e-3), name

@@ -3,8 +3,6 @@
 import copy
 import os
 import signal
-import subprocess
-import sys
 import warnings
 
 import datasets
@@ -13,7 +11,7 @@ import torch
 from conftest import tiny_config
 from PIL import Image
 from safetensors.torch import load_file
-from test_loading import ROOT
+from test_loading import ROOT, TWO_PROCESSES, finish
 from test_training import make_trainer, training_arguments
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -98,7 +96,7 @@ def killed(self, output_dir):
 Trainer._save_optimizer_and_scheduler = killed
 everything_trained({str(image_folder)!r}, "out")
 """)
-    killed = subprocess.run([sys.executable, str(program)], cwd=tmp_path, capture_output=True)
+    killed = finish([program], tmp_path)
     assert killed.returncode == -signal.SIGKILL
     assert (tmp_path / "out" / "unfinished" / "checkpoint-3" / "model.safetensors").exists()
     last = get_last_checkpoint(str(tmp_path / "out"))
@@ -323,13 +321,7 @@ except RuntimeError as error:
     print("codebooks compared", flush=True)
 os._exit(0)  # gloo's threads may abort a process that ends before they do
 """)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(program)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    done = finish([*TWO_PROCESSES, program], tmp_path, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("codebooks compared") == 2 and done.stdout.count("found together") == 2
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
@@ -356,10 +348,8 @@ seen = [value for batch in loader for value in batch["image"].tolist()]
 torch.save(seen, f"{accelerator.process_index}.pt")
 os._exit(0)
 """)
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(program)],
-        cwd=tmp_path, check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = finish([*TWO_PROCESSES, program], tmp_path, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr[-3000:]
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert not set(first) & set(second) and sorted(first + second) == list(range(48))
 

@@ -3,8 +3,6 @@ import inspect
 import json
 import os
 import pickle
-import subprocess
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +16,7 @@ from conftest import encoder_config, tiny_config
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
-from test_loading import ROOT, run
+from test_loading import ROOT, TWO_PROCESSES, finish, run
 from transformers import Trainer, TrainerCallback
 
 from image_processing_simvq import VQRAEImageProcessor
@@ -370,13 +368,8 @@ result = {{"state": trainer.model.state_dict(), "metrics": metrics, "log": train
 torch.save(result, f"{{rank}}.pt")
 os._exit(0)
 """)
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(program)],
-        cwd=tmp_path,
-        check=True,
-        capture_output=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    done = finish([*TWO_PROCESSES, program], tmp_path, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr[-3000:]
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert all(torch.equal(first["state"][name], second["state"][name]) for name in first["state"])
     assert first["metrics"]["eval_codebook_tokens"] == 12 * 16

@@ -1,5 +1,6 @@
 """rFID: the Fréchet distance between Inception features of images and of their reconstructions."""
 
+import zipfile
 from pathlib import Path
 
 import datasets
@@ -60,7 +61,10 @@ def load_inception_weights(path: str | Path | None = None) -> dict[str, torch.Te
         OSError: no such file, or no network; says where the file belongs.
     """
     if path is not None:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a file brings up that is another or damaged
+            raise ValueError(f"{path} is damaged, or no file of weights: {type(error).__name__}.") from error
     url = blocks.URL_INCEPTION_V3
     try:
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True, check_hash=True)
@@ -196,10 +200,15 @@ def load_statistics(path: str | Path) -> tuple[torch.Tensor, torch.Tensor]:
     Raises:
         ValueError: it has not both, or not of fitting shapes.
     """
-    with np.load(path, allow_pickle=False) as file:
-        if "mu" not in file or "sigma" not in file:
-            raise ValueError(f"{path} holds {file.files}, but no 'mu' and 'sigma': it is no file of statistics.")
-        mean, covariance = (torch.from_numpy(np.asarray(file[name], dtype=np.float64)) for name in ("mu", "sigma"))
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            names = file.files
+            arrays = [torch.from_numpy(np.asarray(file[x], dtype=np.float64)) for x in ("mu", "sigma") if x in file]
+    except (ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is no .npz file of numbers: {error}") from error
+    if len(arrays) < 2:
+        raise ValueError(f"{path} holds {names}, but no 'mu' and 'sigma': it is no file of statistics.")
+    mean, covariance = arrays
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
         raise ValueError(f"{path}: mu {tuple(mean.shape)} and sigma {tuple(covariance.shape)} do not fit together.")
     return mean, covariance

@@ -1,0 +1,32 @@
+"""That the benchmarks start, and what is theirs alone."""
+
+import json
+import os
+import runpy
+import sys
+
+import pytest
+from test_loading import ROOT
+
+from benchmarks.collapse import keep_apart
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+@pytest.mark.parametrize("name", sorted(file.stem for file in (ROOT / "benchmarks").glob("*.py")))
+def test_each_starts_as_a_module(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(f"benchmarks.{name}", run_name="__main__")
+    assert end.value.code == 0 and "usage: " in capsys.readouterr().out
+
+
+def test_runs_of_other_settings_are_not_taken_for_one_s_own(tmp_path):
+    """An interrupted benchmark goes on with the runs of its folder, which are found by their names alone."""
+    inputs = {"settings": {"steps": 5}, "encoder": "dinov2", "data": ["photos"]}
+    for _ in range(2):
+        keep_apart(inputs, tmp_path / "out" / "inputs.json")
+    for name, value in (("settings", {"steps": 6}), ("encoder", "mae"), ("data", ["emoji"])):
+        with pytest.raises(ValueError, match=f"has runs of other {name}: choose another --output_dir"):
+            keep_apart(inputs | {name: value}, tmp_path / "out" / "inputs.json")
+    assert os.listdir(tmp_path / "out") == ["inputs.json"]
+    assert json.loads((tmp_path / "out" / "inputs.json").read_text()) == inputs
