@@ -30,7 +30,7 @@ from eval.token_maps import check_code, code_colors, code_pixels, neighbours, re
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import ImageTokenizer
 from reading.images import decode_image
-from reading.models import load_pretrained, load_processor
+from reading.models import load_pretrained, load_processor, loading
 from reading.sources import find_images
 
 
@@ -365,7 +365,9 @@ def main() -> None:
     if name is None and not DEFAULT_MODEL.is_dir():
         parser.error(f"{DEFAULT_MODEL} is not there: name a tokenizer with --model.")
     name = name or str(DEFAULT_MODEL)
-    model = load_pretrained(name, {}).eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    with loading(name):
+        model = load_pretrained(name, {})
+    model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     processor = load_processor(name, model.config.image_size)
     examples = [str(path) for path in find_images(EXAMPLES)]
     page = build(Tokenizer(model, processor, examples), Path(name).name)

@@ -28,7 +28,7 @@ from eval.psnr.psnr import psnr_per_image
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import ImageTokenizer
 from reading.images import decode_image
-from reading.models import load_pretrained, load_processor
+from reading.models import load_pretrained, load_processor, loading
 from reading.sources import dataset_of_files, find_images
 
 
@@ -62,7 +62,8 @@ def convert(source: Path, output: Path) -> None:
         for name in COPIED:
             if (source / name).exists():
                 shutil.copy(source / name, folder)
-        model = load_pretrained(str(source), {})
+        with loading(str(source)):
+            model = load_pretrained(str(source), {})
         load_processor(str(source), model.config.image_size).save_pretrained(folder)
         custom_object_save(model, folder, config=model.config)
         model.config.dtype = "float32"

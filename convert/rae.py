@@ -253,13 +253,14 @@ def read_rae(config_file: str, decoder_file: str, statistics_file: str | None, e
 
     print(f"Reading the configuration of {encoder} (from the hub if it is no folder).", flush=True)
     with loading(encoder):
-        encoder_config, processor = AutoConfig.from_pretrained(encoder), AutoImageProcessor.from_pretrained(encoder)
+        encoder_config = AutoConfig.from_pretrained(encoder)
     encoder_config = getattr(encoder_config, "vision_config", encoder_config)
     if encoder_config.model_type != model_type:
         raise ValueError(
             f"{params['encoder_cls']} needs an encoder of type '{model_type}', but {encoder} is of type "
             f"'{encoder_config.model_type}'."
         )
+    processor = AutoImageProcessor.from_pretrained(encoder)
     input_size, patch = params.get("encoder_input_size", 224), params.get("decoder_patch_size", 16)
     config = {
         "encoder_config": encoder_config,

@@ -14,6 +14,7 @@ from huggingface_hub.errors import HFValidationError, StrictDataclassError
 ROOT = Path(__file__).resolve().parents[1]
 # of the machine, the network, the hub and its data sets, and of the fields of a configuration
 OUTSIDE = (OSError, DatasetsError, HFValidationError, StrictDataclassError)
+SAID = (ValueError, RuntimeError, FloatingPointError)  # if a file of ours names them
 SECONDS_FOR_THE_MAIN_PROCESS = 5.0  # launchers look for processes that have ended many times a second
 
 
@@ -22,12 +23,12 @@ def ends_in_one_line(*also: type[Exception]):
     """Around a command, `with ends_in_one_line():` or `@ends_in_one_line()`: an error that is its user's to mend ends
     it with exit code 1 and the message on stderr; a defect keeps its traceback.
 
-    The user's are the errors that a `raise` in a file of this repository names (ValueError, RuntimeError,
-    FloatingPointError), and those of `OUTSIDE`, wherever they come from. Of several processes that end over the same
+    The user's are the errors of `SAID` that a `raise` in a file of this repository names, and those of `OUTSIDE`,
+    wherever they come from. Of several processes that end over the same
     error only the main one says it: the launcher ends the others while they wait.
 
     Args:
-        also: classes that are the user's in this block wherever they are raised, such as ValueError where a library
+        also: classes that are the user's in this block if any `raise` names them, such as ValueError where a library
             looks at nothing but the user's options.
 
     Raises:
@@ -36,8 +37,9 @@ def ends_in_one_line(*also: type[Exception]):
     try:
         yield
     except Exception as error:
-        said_here = _is_said_here(error)
-        if not said_here and not isinstance(error, OUTSIDE + also):
+        is_raised, is_ours = _origin(error)
+        said_here = is_raised and is_ours and isinstance(error, SAID)
+        if not (said_here or isinstance(error, OUTSIDE) or (is_raised and isinstance(error, also))):
             raise
         # libraries spread what they say over many lines; ours are as they should be
         message = str(error) if said_here else " ".join(str(error).split())
@@ -48,15 +50,12 @@ def ends_in_one_line(*also: type[Exception]):
         raise SystemExit(1) from error
 
 
-def _is_said_here(error: Exception) -> bool:
-    """Whether an error comes from a `raise` in a file of this repository, not from what it calls."""
-    if not isinstance(error, (ValueError, RuntimeError, FloatingPointError)):
-        return False
+def _origin(error: Exception) -> tuple[bool, bool]:
+    """Whether a `raise` names an error, or something that was called gave it; and whether a file of ours did."""
     innermost = error.__traceback__
     while innermost.tb_next is not None:
         innermost = innermost.tb_next
     code = innermost.tb_frame.f_code
     path = Path(code.co_filename).resolve()
-    if not path.is_relative_to(ROOT) or "site-packages" in path.parts:
-        return False
-    return code.co_code[innermost.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    is_ours = path.is_relative_to(ROOT) and "site-packages" not in path.parts
+    return code.co_code[innermost.tb_lasti] == dis.opmap["RAISE_VARARGS"], is_ours

@@ -15,6 +15,43 @@ from modeling_simvq_gan import SimVQGANModel
 
 
 MODELS = {model.config_class.model_type: model for model in (VQRAEModel, SimVQGANModel)}
+
+
+def load_pretrained(name_or_path: str, config: dict) -> ImageTokenizer:
+    """A trained tokenizer of either kind, with some fields of its configuration changed.
+
+    Raises:
+        ValueError: another kind of model, or fields that its configuration does not have.
+    """
+    model_type = PreTrainedConfig.get_config_dict(name_or_path)[0].get("model_type")
+    if model_type not in MODELS:
+        raise ValueError(f"{name_or_path} is a model of type '{model_type}', expected one of {', '.join(MODELS)}.")
+    config_class = MODELS[model_type].config_class
+    if unknown := config.keys() - {known.name for known in fields(config_class)}:
+        raise ValueError(
+            f"{name_or_path} has a {config_class.__name__}, which has no {', '.join(sorted(unknown))}: pass other "
+            "fields as --model_config, or {} for none of those that a recipe has."
+        )
+    if "image_size" in config and model_type == VQRAEConfig.model_type:  # the encoder sees the grid that it gives
+        saved = VQRAEConfig.from_pretrained(name_or_path)
+        grid = config["image_size"] // config.get("decoder_patch_size", saved.decoder_patch_size)
+        config = {"encoder_input_size": grid * saved.encoder_patch_size, **config}
+    model = MODELS[model_type].from_pretrained(name_or_path, dtype=torch.float32, **config)
+    model.config.validate_architecture()  # transformers does it when the model is saved
+    return model
+
+
+def load_processor(name_or_path: str | None, size: int) -> VQRAEImageProcessor:
+    """The processor for images of `size` pixels. A model to go on with keeps the filter with which it resizes."""
+    processor = VQRAEImageProcessor.for_image_size(size)
+    if name_or_path:
+        try:
+            processor.resample = VQRAEImageProcessor.from_pretrained(name_or_path).resample
+        except OSError:  # it was saved without a processor
+            pass
+    return processor
+
+
 for model_type, model in MODELS.items():  # AutoModel takes ours in place of the code beside a checkpoint
     AutoConfig.register(model_type, model.config_class)
     AutoModel.register(model.config_class, model)
@@ -50,40 +87,3 @@ def load_any(
         kind = type(model).__name__
         raise ValueError(f"{name_or_path} is a {kind}, not a tokenizer: its configuration has no codebook_size.")
     return model
-
-
-def load_pretrained(name_or_path: str, config: dict) -> ImageTokenizer:
-    """A trained tokenizer of either kind, with some fields of its configuration changed.
-
-    Raises:
-        ValueError: another kind of model, fields that its configuration does not have, or what cannot be loaded.
-    """
-    with loading(name_or_path):
-        model_type = PreTrainedConfig.get_config_dict(name_or_path)[0].get("model_type")
-    if model_type not in MODELS:
-        raise ValueError(f"{name_or_path} is a model of type '{model_type}', expected one of {', '.join(MODELS)}.")
-    config_class = MODELS[model_type].config_class
-    if unknown := config.keys() - {known.name for known in fields(config_class)}:
-        raise ValueError(
-            f"{name_or_path} has a {config_class.__name__}, which has no {', '.join(sorted(unknown))}: pass other "
-            "fields as --model_config, or {} for none of those that a recipe has."
-        )
-    if "image_size" in config and model_type == VQRAEConfig.model_type:  # the encoder sees the grid that it gives
-        saved = VQRAEConfig.from_pretrained(name_or_path)
-        grid = config["image_size"] // config.get("decoder_patch_size", saved.decoder_patch_size)
-        config = {"encoder_input_size": grid * saved.encoder_patch_size, **config}
-    with loading(name_or_path):
-        model = MODELS[model_type].from_pretrained(name_or_path, dtype=torch.float32, **config)
-    model.config.validate_architecture()  # transformers does it when the model is saved
-    return model
-
-
-def load_processor(name_or_path: str | None, size: int) -> VQRAEImageProcessor:
-    """The processor for images of `size` pixels. A model to go on with keeps the filter with which it resizes."""
-    processor = VQRAEImageProcessor.for_image_size(size)
-    if name_or_path:
-        try:
-            processor.resample = VQRAEImageProcessor.from_pretrained(name_or_path).resample
-        except OSError:  # it was saved without a processor
-            pass
-    return processor
