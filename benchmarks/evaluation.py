@@ -108,7 +108,7 @@ def ours(images: CroppedImages, reconstruct, networks: Networks, folder: Path, b
     evaluate(evaluation, images, reconstruct, batch_size, 0, device, folder / "progress.pt", "benchmark")
     metrics, reasons, warnings = evaluation.compute()
     result = {"protocol": vars(images.protocol), "image_size": images.size, "metrics": metrics, "warnings": warnings}
-    result |= {"not_computed": reasons, "num_images": len(evaluation.index), "skipped_images": []}
+    result |= {"not_computed": reasons, "num_images": len(evaluation.index), "skipped_images": [], "num_not_finite": 0}
     with contextlib.redirect_stdout(None):
         write_results(folder, result, evaluation, images, reconstruct, device)
     return metrics

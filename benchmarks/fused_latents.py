@@ -22,9 +22,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from eval.blocking.blocking import blocking_of, count_steps
 from tqdm import tqdm
 
+from eval.blocking.blocking import blocking_of, count_steps
 from eval.commands import ends_in_one_line
 from eval.files import write_whole
 from eval.metrics import to_uint8

@@ -51,6 +51,7 @@ class VisionFeatures(nn.Module):
                     f"'{config.model_type}' are not known here: save its image processor beside it."
                 ) from error
             self.statistics, self.size = PIXEL_STATISTICS[config.model_type], 224
+        self.register_buffer("seen_as", torch.tensor([*self.statistics, [self.size] * 3]))  # for the hash of the whole
         self.requires_grad_(False).eval()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

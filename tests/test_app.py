@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -190,6 +191,20 @@ def test_bad_input_is_told(app, tmp_path, tiny_model):
     }.items():
         with pytest.raises(app.gr.Error, match=message):
             app.told(call)()
+
+
+def test_the_page_is_of_the_model_that_is_named(app, monkeypatch, tmp_path):
+    torch.manual_seed(0)
+    model = VQRAEModel(tiny_config())
+    model.save_pretrained(tmp_path / "mine")
+    built = []
+    monkeypatch.setattr(sys, "argv", ["app.py", "--model", str(tmp_path / "mine")])
+    monkeypatch.setattr(app, "build", lambda tokenizer, name: built.append((tokenizer, name)) or mock.Mock())
+    app.main()
+    ((tokenizer, name),) = built
+    assert name == "mine" and not tokenizer.model.training
+    assert torch.equal(tokenizer.model.decoder.decoder_pred.weight, model.decoder.decoder_pred.weight)
+    assert tokenizer.processor.crop_size.height == 32 and len(tokenizer.examples) > 4
 
 
 def test_a_missing_checkpoint_is_told(app, monkeypatch, capsys, tmp_path):

@@ -8,7 +8,9 @@ import sys
 import pytest
 from test_loading import ROOT
 
+from benchmarks import evaluation
 from benchmarks.collapse import keep_apart
+from reading.sources import find_images
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
@@ -30,3 +32,9 @@ def test_runs_of_other_settings_are_not_taken_for_one_s_own(tmp_path):
             keep_apart(inputs | {name: value}, tmp_path / "out" / "inputs.json")
     assert os.listdir(tmp_path / "out") == ["inputs.json"]
     assert json.loads((tmp_path / "out" / "inputs.json").read_text()) == inputs
+
+
+def test_the_evaluation_s_loop_and_the_references_give_the_same_numbers(image_folder, capsys):
+    """The benchmark checks it."""
+    evaluation.without_networks(find_images(image_folder)[:3])
+    assert "| ours |" in capsys.readouterr().out

@@ -286,6 +286,17 @@ def test_script_of_the_layers(tmp_path, image_folder, capsys):
         model.config.encoder_layers = [layer]
         torch.testing.assert_close(features[layer], model.get_latents(pixels).flatten(0, 1))
 
+    # three clusters are three codes: what each paints, and what of the last layer it loses
+    centres, cluster = 100 * torch.eye(3, 4), torch.arange(60) % 3
+    part = {"features": centres[cluster] + 0.01 * torch.randn(60, 4), "last": torch.randn(60, 5) + cluster[:, None]}
+    part |= {"patches": torch.rand(60, 6), "images": 4}
+    means = [torch.stack([part[name][cluster == i].mean(0) for i in range(3)]) for name in ("patches", "last")]
+    cells = encoder_layers.measure(part, {"the same": part}, codes=3, seed=0)
+    errors = (means[0][cluster] - part["patches"]).square().view(4, -1).mean(1)
+    assert float(cells[1]) == pytest.approx((-10 * errors.log10()).mean().item(), abs=0.006) and cells[2] == "100.0%"
+    lost = (part["last"] - means[1][cluster]).square().sum() / (part["last"] - part["last"].mean(0)).square().sum()
+    assert float(cells[3]) == pytest.approx(lost.item(), abs=6e-4)
+
     features, mixing = torch.randn(200, 4), torch.randn(4, 6)
     weight = encoder_layers.linear(features, features @ mixing + 3, ridge=0.0)
     torch.testing.assert_close(weight, torch.cat([mixing, torch.full((1, 6), 3.0)]), atol=1e-4, rtol=1e-4)

@@ -6,7 +6,10 @@ import scipy.linalg
 import torch
 import torch_fidelity.feature_extractor_inceptionv3
 import torch_fidelity.metric_fid
+from conftest import encoder_config
+from transformers import AutoConfig, AutoModel, ViTImageProcessor
 
+from eval.networks import VisionFeatures, weights_hash
 from eval.rfid.rfid import InceptionV3, Moments, frechet_distance, load_statistics
 
 
@@ -104,3 +107,14 @@ def test_inception_gives_pytorch_fid_s_features(inception_weights, pair, monkeyp
         expected = module.InceptionV3([3]).eval()(pair[0] / 255)[0].flatten(1)
         ours = InceptionV3(weights, "pytorch-fid")(pair[0] / 255)
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_hash_of_features_is_of_weights_and_of_what_they_see(tmp_path):
+    """Which results.json and the key of an evaluation's progress hold."""
+    torch.manual_seed(0)
+    AutoModel.from_config(AutoConfig.for_model(**encoder_config("vit"))).save_pretrained(tmp_path)
+    hashes, other, smaller = [], [0.1, 0.2, 0.3], {"height": 16, "width": 16}
+    for change in ({}, {}, {"image_mean": other}, {"image_std": other}, {"size": smaller}):
+        ViTImageProcessor(**{"size": {"height": 32, "width": 32}, **change}).save_pretrained(tmp_path)
+        hashes.append(weights_hash(VisionFeatures(str(tmp_path))))
+    assert hashes[0] == hashes[1] and len(set(hashes)) == 4
