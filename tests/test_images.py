@@ -64,6 +64,7 @@ FORMS = {
     "torch, channels first": lambda x: torch.from_numpy(x).permute(2, 0, 1),
     "batch of numpy": lambda x: x[None],
     "batch of torch, channels first": lambda x: torch.from_numpy(x).permute(2, 0, 1)[None],
+    "numpy, strides backwards": lambda x: x[::-1].copy()[::-1],
     "int64": lambda x: x.astype(np.int64),
     "torch, int64": lambda x: torch.from_numpy(x).long(),
     "float64 in [0, 255]": lambda x: x.astype(np.float64),
@@ -315,6 +316,11 @@ def test_a_colour_profile_is_left_alone(picture):
 
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes()
     np.testing.assert_array_equal(levels(saved(Image.fromarray(picture), icc_profile=profile)), picture)
+
+
+def test_broken_exif_is_no_broken_image(picture):
+    exif = b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x01\x00\x12\x01\x03\x00\x01\x00\x00\x00\xff\xff\xff\xff"
+    np.testing.assert_array_equal(levels(saved(Image.fromarray(picture), exif=exif)), picture)
 
 
 def test_exif_turns_an_image_once_wherever_it_comes_in(processor, tmp_path):

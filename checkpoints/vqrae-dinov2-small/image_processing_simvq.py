@@ -1,18 +1,21 @@
 """Images to the pixels that VQRAE takes, and back."""
 
-import base64
-import io
-import os
-import struct
-
-import httpx
-import numpy as np
 import torch
-from PIL import Image, ImageOps
-from torchvision.transforms.functional import pil_to_tensor
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_transforms import to_pil_image
-from transformers.image_utils import ChannelDimension, PILImageResampling, infer_channel_dimension_format
+
+# PIL, httpx, ... as well: what is trusted with a checkpoint imports nothing that transformers does not
+from transformers.image_utils import (
+    PIL,
+    BytesIO,
+    ChannelDimension,
+    ImageInput,
+    PILImageResampling,
+    base64,
+    httpx,
+    infer_channel_dimension_format,
+    to_numpy_array,
+)
 
 
 # Not all that Pillow knows: for some it starts other programs (Ghostscript for EPS), and others are no pictures that
@@ -20,7 +23,9 @@ from transformers.image_utils import ChannelDimension, PILImageResampling, infer
 FORMATS = {"AVIF", "BMP", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP"}
 
 
-def read_image(source: str | bytes, name: str, transparency: str = "white", turned_by_exif: bool = True) -> Image.Image:
+def read_image(
+    source: str | bytes, name: str, transparency: str = "white", turned_by_exif: bool = True
+) -> "PIL.Image.Image":
     """An encoded image -> PIL image in 8-bit RGB, see `to_rgb`; of an animation, or of several pages, the first.
 
     Args:
@@ -31,10 +36,10 @@ def read_image(source: str | bytes, name: str, transparency: str = "white", turn
     Raises:
         ValueError: it is not an image of one of `FORMATS`, or is damaged; named.
     """
-    Image.init()
+    PIL.Image.init()
     try:
-        file = io.BytesIO(source) if isinstance(source, bytes) else source
-        with Image.open(file, formats=sorted(FORMATS & Image.OPEN.keys())) as image:
+        file = BytesIO(source) if isinstance(source, bytes) else source
+        with PIL.Image.open(file, formats=sorted(FORMATS & PIL.Image.OPEN.keys())) as image:
             image.load()
             return to_rgb(image, transparency, turned_by_exif)
     except Exception as error:  # decoders raise whatever comes to pass in a damaged file
@@ -42,11 +47,11 @@ def read_image(source: str | bytes, name: str, transparency: str = "white", turn
 
 
 def to_rgb(
-    image: "Image.Image | np.ndarray | torch.Tensor",
+    image: ImageInput,
     transparency: str = "white",
     turned_by_exif: bool = True,
     input_data_format: str | None = None,
-) -> Image.Image:
+) -> "PIL.Image.Image":
     """Any image as a PIL image in 8-bit RGB. This is the one place that decides how: the processor, training,
     evaluation and the demo all come here.
 
@@ -69,24 +74,24 @@ def to_rgb(
     Raises:
         ValueError: no image by its shape, or values out of range (such as normalised ones).
     """
-    if not isinstance(image, Image.Image):
+    if not isinstance(image, PIL.Image.Image):
         image = _array_to_pil(image, input_data_format)
     elif turned_by_exif:
         try:
-            image = ImageOps.exif_transpose(image)
-        except (OSError, SyntaxError, TypeError, ValueError, struct.error):  # broken EXIF is no broken image
+            image = PIL.ImageOps.exif_transpose(image)
+        except Exception:  # of many kinds: broken EXIF is no broken image
             pass
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # Pillow would clip at 255
-        values, clear = np.asarray(image), image.info.get("transparency")
-        image = Image.fromarray(_to_8_bits(values))
+        values, clear = _to_tensor(to_numpy_array(image)), image.info.get("transparency")
+        image = PIL.Image.fromarray(_to_8_bits(values).numpy())
         if clear is not None:  # a level of 16 bits
-            image.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+            image.putalpha(PIL.Image.fromarray((255 * (values.double() != clear)).to(torch.uint8).numpy()))
     if image.mode == "La":  # the one mode with alpha that Pillow does not convert to RGBA
         image = image.convert("LA")
     if {"A", "a"} & set(image.getbands()) or "transparency" in image.info:
         image = image.convert("RGBA")
         if transparency == "white":
-            canvas = Image.new("RGBA", image.size, "white")
+            canvas = PIL.Image.new("RGBA", image.size, "white")
             canvas.alpha_composite(image)
             image = canvas
     image = image.convert("RGB")  # a copy
@@ -94,34 +99,40 @@ def to_rgb(
     return image
 
 
-def _array_to_pil(array: "np.ndarray | torch.Tensor", input_data_format: str | None) -> Image.Image:
+def _to_tensor(array: ImageInput) -> torch.Tensor:
+    """On the CPU; of numpy's arrays torch takes neither foreign byte orders nor strides backwards."""
     if isinstance(array, torch.Tensor):
-        array = array.detach().cpu()
-        array = (array.float() if array.is_floating_point() else array).numpy()  # numpy has no bfloat16
-    shape = array.shape
+        return array.detach().cpu()
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C"))
+
+
+def _array_to_pil(array: ImageInput, input_data_format: str | None) -> "PIL.Image.Image":
+    array = _to_tensor(array)
+    shape = tuple(array.shape)
     if array.ndim == 3:
         if input_data_format is None:
             known = (1, 3, 4) if {shape[0], shape[2]} & {1, 3, 4} else (2,)
             input_data_format = infer_channel_dimension_format(array, num_channels=known)
         if input_data_format == ChannelDimension.FIRST:
-            array = array.transpose(1, 2, 0)
+            array = array.permute(1, 2, 0)
     else:
         array = array[..., None]
-    if array.ndim != 3 or array.shape[2] not in (1, 2, 3, 4) or not array.size:
-        raise ValueError(f"An image must be (H, W), (C, H, W) or (H, W, C) with C from 1 to 4, got {tuple(shape)}.")
-    return Image.fromarray(_to_8_bits(array[..., 0] if array.shape[2] == 1 else array))
+    if array.ndim != 3 or array.shape[2] not in (1, 2, 3, 4) or not array.numel():
+        raise ValueError(f"An image must be (H, W), (C, H, W) or (H, W, C) with C from 1 to 4, got {shape}.")
+    return PIL.Image.fromarray(_to_8_bits(array[..., 0] if array.shape[2] == 1 else array).numpy())
 
 
-def _to_8_bits(values: np.ndarray) -> np.ndarray:
+def _to_8_bits(values: torch.Tensor) -> torch.Tensor:
     """Values of any type to uint8, see `to_rgb`."""
-    if values.dtype == np.uint8:
+    if values.dtype == torch.uint8:
         return values
-    low, high = float(values.min()), float(values.max())
-    if values.dtype == bool:
+    numbers = values.double()
+    low, high = numbers.min().item(), numbers.max().item()
+    if values.dtype == torch.bool:
         top = 1
-    elif values.dtype.kind == "u" and values.dtype.itemsize == 2:  # of either byte order
+    elif values.dtype == torch.uint16:
         top = 65535
-    elif values.dtype.kind == "f" and high <= 1:
+    elif values.is_floating_point() and high <= 1:
         top = 1
     else:
         top = 255 if high <= 255 else 65535
@@ -130,7 +141,7 @@ def _to_8_bits(values: np.ndarray) -> np.ndarray:
             f"The values of an image must be in [0, 1], [0, 255] or [0, 65535], got [{low:g}, {high:g}]: undo what "
             "normalised them, or clamp them."
         )
-    return np.round(values * (255 / top)).astype(np.uint8)
+    return (numbers * (255 / top)).round().to(torch.uint8)
 
 
 class VQRAEImageProcessor(TorchvisionBackend):
@@ -169,23 +180,29 @@ class VQRAEImageProcessor(TorchvisionBackend):
         Raises:
             ValueError: none of these, or no image there.
         """
-        if not isinstance(image_url_or_urls, (str, os.PathLike)):
+        if not isinstance(image_url_or_urls, str) and not hasattr(image_url_or_urls, "__fspath__"):
             return super().fetch_images(image_url_or_urls)
-        source = os.fspath(image_url_or_urls)
+        source = str(image_url_or_urls)
         name = source if len(source) <= 200 else source[:200] + "..."
         if source.startswith(("http://", "https://")):
             try:
                 source = httpx.get(source, follow_redirects=True, timeout=60).raise_for_status().content
             except httpx.HTTPError as error:
                 raise ValueError(f"Cannot fetch the image {name}: {error}") from error
-        elif not os.path.isfile(source):
-            encoded = source.split(",", 1)[-1] if source.startswith("data:image/") else source
-            try:
-                source = base64.b64decode("".join(encoded.split()), validate=True)
-            except ValueError:
-                raise ValueError(
-                    f"images: '{name}' is no file, URL (http, https) or base64 string: is the path right?"
-                ) from None
+            return read_image(source, name)
+        try:
+            return read_image(source, name)
+        except ValueError as error:
+            cause = error.__cause__
+            if not getattr(cause, "errno", None) or isinstance(cause, (IsADirectoryError, PermissionError)):
+                raise  # there is something of this name
+        encoded = source.split(",", 1)[-1] if source.startswith("data:image/") else source
+        try:
+            source = base64.b64decode("".join(encoded.split()), validate=True)
+        except ValueError:
+            raise ValueError(
+                f"images: '{name}' is no file, URL (http, https) or base64 string: is the path right?"
+            ) from None
         return read_image(source, name)
 
     def _prepare_images_structure(self, images, expected_ndims: int = 3) -> list:
@@ -195,7 +212,7 @@ class VQRAEImageProcessor(TorchvisionBackend):
             return [image for part in images for image in self._prepare_images_structure(part)]
         return list(images) if getattr(images, "ndim", 0) == expected_ndims + 1 else [images]
 
-    def convert_to_rgb(self, image, input_data_format: str | None = None) -> Image.Image:
+    def convert_to_rgb(self, image, input_data_format: str | None = None) -> "PIL.Image.Image":
         """See `to_rgb`."""
         return to_rgb(image, input_data_format=input_data_format)
 
@@ -205,8 +222,9 @@ class VQRAEImageProcessor(TorchvisionBackend):
         """One image to (3, H, W), levels in uint8, on `device`, or that of the image."""
         if not do_convert_rgb:  # left to the caller
             return super().process_image(image, do_convert_rgb, input_data_format, device, **kwargs)
-        pixels = pil_to_tensor(self.convert_to_rgb(image, input_data_format))
-        if not (do_rescale or isinstance(image, Image.Image)) and "float" in str(image.dtype) and image.max() <= 1:
+        pixels = torch.from_numpy(to_numpy_array(self.convert_to_rgb(image, input_data_format)))
+        pixels = pixels.permute(2, 0, 1).contiguous()
+        if not (do_rescale or isinstance(image, PIL.Image.Image)) and "float" in str(image.dtype) and image.max() <= 1:
             pixels = pixels / 255
         return pixels.to(device or getattr(image, "device", "cpu"))
 
