@@ -37,6 +37,9 @@ from reading.sources import dataset_of_files, find_images
 from training.data import EvalTransform, sample_indices
 
 
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "fused_latents.json"
+
+
 def read(path: str, size: int, count: int | None, seed: int = 0) -> torch.Tensor:
     """(B, 3, size, size) in [0, 1] of the images of a folder or list, at most `count`, chosen by the seed."""
     files = find_images(path)
@@ -81,6 +84,7 @@ def lost(model: VQRAEModel, train: torch.Tensor, held_out: torch.Tensor) -> floa
 
     width, explained = model.config.hidden_size, None
     if not model.config.pixel_weight:
+        model.quantizer.reset_codebook_usage()
         sums = torch.zeros(model.config.codebook_size, width, device=model.device)
         for encoded in parts(train):
             sums.index_add_(0, encoded.image_tokens.flatten(), encoded.last_hidden_state.flatten(0, 1))
@@ -163,7 +167,7 @@ def table(results: dict, sets: list[str]) -> str:
                 cell += f", {numbers[part]['trained_psnr']:.2f}, {numbers[part]['trained_blocking']:.2f}"
             cells.append(cell)
         probe = numbers.get("probe")
-        kept = f"{probe['quantized features'] / probe['encoder features']:.2f}" if probe else "-"
+        kept = f"{probe['quantized latents'] / probe['encoder features']:.2f}" if probe else "-"
         cells += [f"{numbers['lost']:.3f}", f"{numbers[sets[0]]['used']:.1%}", kept]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -199,7 +203,7 @@ def main() -> None:
         "--train_data", required=True, help="Images to fit to: a folder, or a .txt file that lists them."
     )
     parser.add_argument("--heldout", required=True, nargs="+", help="NAME=PATH of held-out images, the main set first.")
-    parser.add_argument("--config", type=Path, default=Path("configs/fused_latents.json"), help="The rows.")
+    parser.add_argument("--config", type=Path, default=CONFIG, help="The rows (default: configs/fused_latents.json).")
     parser.add_argument("--rows", nargs="+", help="Names of some of them (default: all).")
     parser.add_argument("--train_images", type=int, default=400, help="How many to fit to (default: 400).")
     parser.add_argument("--heldout_images", type=int, default=60, help="Of each set (default: 60).")

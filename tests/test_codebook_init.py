@@ -226,7 +226,7 @@ def test_collapse_is_reported_once_with_its_likely_causes(tmp_path, image_folder
 def test_start_of_a_new_model_in_the_script(fields, asked_for, expected):
     config = tiny_config(**fields).to_dict()
     config = {name: config[name] for name in ("encoder_config", "image_size", "decoder_patch_size", *fields)}
-    assert load_model(ModelArguments(model_config=config, codebook_init=asked_for)).config.codebook_init == expected
+    assert load_model(ModelArguments(model_config=config, codebook_init=asked_for), {}).config.codebook_init == expected
 
 
 def test_script_of_the_benchmark(tmp_path, image_folder, monkeypatch, capsys):
@@ -260,47 +260,3 @@ def test_script_of_the_benchmark(tmp_path, image_folder, monkeypatch, capsys):
     assert results["stage1/8/SimVQ, k-means"]["history"][-1]["all_crops"]["codebook_tokens"] == 24 * 4
     collapse.main()
     assert "Run" not in capsys.readouterr().out
-
-
-def test_script_of_the_layers(tmp_path, image_folder, capsys):
-    """A row for each layer and for each with the last; pixels that are linear in the features are found again."""
-    from transformers import AutoConfig, Dinov2Model
-
-    from benchmarks import encoder_layers
-
-    torch.manual_seed(0)
-    encoder = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 14, "image_size": 28}
-    Dinov2Model(AutoConfig.for_model("dinov2", **encoder)).save_pretrained(tmp_path / "encoder")
-    arguments = ["--encoder", str(tmp_path / "encoder"), "--photos", str(image_folder), "--emoji", str(image_folder)]
-    encoder_layers.main([*arguments, "--image_size", "28", "--codes", "8", "--layers", "0", "1"])
-    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][2:]
-    assert [row[0] for row in rows] == ["| 0", "| 1", "| 2", "| 0, 2", "| 1, 2"]
-    linear, lost = ([float(row[i].rstrip(" |")) for row in rows] for i in (1, 4))
-    assert linear[0] > linear[2]  # the patch embedding is linear in the pixels
-    assert lost[2] < lost[0]  # of the last layer, codes of the last layer lose least
-
-    model = VQRAEModel.from_encoder_pretrained(str(tmp_path / "encoder"), image_size=32, decoder_patch_size=16).eval()
-    pixels = torch.rand(3, 3, 32, 32)
-    features = encoder_layers.features_of(model, pixels, [1, 2])
-    for layer in (1, 2):
-        model.config.encoder_layers = [layer]
-        torch.testing.assert_close(features[layer], model.get_latents(pixels).flatten(0, 1))
-
-    # three clusters are three codes: what each paints, and what of the last layer it loses
-    centres, cluster = 100 * torch.eye(3, 4), torch.arange(60) % 3
-    part = {"features": centres[cluster] + 0.01 * torch.randn(60, 4), "last": torch.randn(60, 5) + cluster[:, None]}
-    part |= {"patches": torch.rand(60, 6), "images": 4}
-    means = [torch.stack([part[name][cluster == i].mean(0) for i in range(3)]) for name in ("patches", "last")]
-    cells = encoder_layers.measure(part, {"the same": part}, codes=3, seed=0)
-    errors = (means[0][cluster] - part["patches"]).square().view(4, -1).mean(1)
-    assert float(cells[1]) == pytest.approx((-10 * errors.log10()).mean().item(), abs=0.006) and cells[2] == "100.0%"
-    lost = (part["last"] - means[1][cluster]).square().sum() / (part["last"] - part["last"].mean(0)).square().sum()
-    assert float(cells[3]) == pytest.approx(lost.item(), abs=6e-4)
-
-    features, mixing = torch.randn(200, 4), torch.randn(4, 6)
-    weight = encoder_layers.linear(features, features @ mixing + 3, ridge=0.0)
-    torch.testing.assert_close(weight, torch.cat([mixing, torch.full((1, 6), 3.0)]), atol=1e-4, rtol=1e-4)
-    truth = torch.rand(4, 10)
-    assert encoder_layers.psnr(truth + 0.1 * (truth < 0.5) - 0.1 * (truth >= 0.5), truth, 2) == pytest.approx(
-        20, abs=1e-3
-    )

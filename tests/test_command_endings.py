@@ -142,7 +142,7 @@ def end(command: str, monkeypatch, capsys) -> str:
         ("convert.float16 --output_dir out --model_name_or_path model --data empty", "No images in empty"),
         ("convert.float16 --output_dir out --model_name_or_path model --data nowhere", "nowhere"),
         ("benchmarks.evaluation --data nowhere", "nowhere"),
-        ("benchmarks.encoder_layers --encoder vit --photos images --emoji nowhere", "nowhere"),
+        ("benchmarks.fused_latents --encoder vit --train_data nowhere --heldout a=images --output_dir out", "nowhere"),
         ("benchmarks.collapse --encoder empty --data images --output_dir out", "empty"),
         ("benchmarks.collapse --encoder nowhere --data images --output_dir out --config nowhere.json", "nowhere.json"),
         ("benchmarks.collapse --encoder nowhere --data images --output_dir out --config text.json", "text.json"),

@@ -116,11 +116,11 @@ def test_folders_are_compared_and_equal_ones_are_perfect(command, tmp_path, imag
 
 def test_any_function_is_measured_and_a_wrong_size_is_named(command, tmp_path, image_folder, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "theirs.py").write_text(
+    (tmp_path / "darkened.py").write_text(
         "def darker(pixels):\n    return pixels * 0.5\n\n\ndef smaller(pixels):\n    return pixels[..., :16]\n"
     )
     options = ["--data", image_folder, "--output_dir", "out", "--image_size", 32, "--network_metrics"]
-    command("--callable", "theirs:darker", *options)
+    command("--callable", "darkened:darker", *options)
     result = json.loads((tmp_path / "out" / "results.json").read_text())
     assert result["metrics"]["psnr"] < 15 and "codebook_utilization" not in result["metrics"]
     (tmp_path / "theirs8.py").write_text("def levels(pixels):\n    return pixels * 255\n")
@@ -131,7 +131,7 @@ def test_any_function_is_measured_and_a_wrong_size_is_named(command, tmp_path, i
         ("smaller", "must give images of the size"),
         ("missing", "cannot be imported"),
     ):
-        error = command("--callable", f"theirs:{name}", *options, fails=True)
+        error = command("--callable", f"darkened:{name}", *options, fails=True)
         assert message in error
 
 
@@ -224,8 +224,8 @@ def test_images_whose_latents_are_not_finite_are_left_out(tiny_model, pixels, mo
         lost = (args[0] - pixels[1]).abs().flatten(1).amax(1) == 0
         return (output[0], output[1].masked_fill(lost.view(-1, 1, 1), float("nan")))
 
-    def features(given, grid):
-        output = image_features(given, grid)
+    def features(given, grid, **outputs):
+        output = image_features(given, grid, **outputs)
         return broken(None, (given,), output)
 
     image_features = tiny_model._image_features

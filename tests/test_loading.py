@@ -74,6 +74,8 @@ def test_after_pip_install(tmp_path):
     assert sorted(path.name for path in target.glob("*.py")) == [
         "configuration_simvq.py",
         "configuration_simvq_gan.py",
+        "decoding_simvq.py",
+        "fitting_simvq.py",
         "image_processing_simvq.py",
         "modeling_simvq.py",
         "modeling_simvq_gan.py",

@@ -364,7 +364,8 @@ class VQRAETrainer(MonitoringTrainer):
             terms["vq"] = outputs.embedding_loss
         if self.teacher:
             with torch.no_grad(), self.accelerator.autocast():
-                target = self.teacher.get_image_features(pixels).last_hidden_state
+                # a step with pixels that are no numbers is skipped behind its gradients; the teacher would refuse them
+                target = self.teacher.get_image_features(pixels.nan_to_num()).last_hidden_state
             terms["distillation"] = F.mse_loss(outputs.last_hidden_state.float(), target.float())
             loss = loss + self.args.distillation_weight * terms["distillation"]
         self.terms.add({f"loss_{name}": term for name, term in terms.items()})
