@@ -1,10 +1,11 @@
 #!/usr/bin/env python
-"""Halves the files of a trained tokenizer: encoder and decoder in float16, the quantizer in float32 as it is.
+"""Halves the files of a trained tokenizer: all in float16 but the layer of SimVQ that moves the codes.
 
     python -m convert.float16 --model_name_or_path runs/stage2 --data my_images --output_dir checkpoints/my-tokenizer
 
 Weights are stored in float16 and loaded as float32 (`dtype` of config.json), so that only they are rounded, not what is
-computed with them; float16 has three more bits for them than bfloat16. With --data the rounded model is compared with
+computed with them; float16 has three more bits for them than bfloat16. W and b of SimVQ are few and stay as they are; a
+codebook that is trained itself (`use_simvq` off) does so too. With --data the rounded model is compared with
 its source: tokens that differ, and pixels. Card, image processor, recipe, report and the latest picture go along, and
 today's code; its encoder is frozen for those who train it further without --stage 2. Results of evaluations do not, and
 what training measured is said to be of the weights before: `eval/reconstruction.py --update_model_card` measures the
@@ -27,20 +28,22 @@ from eval.commands import ends_in_one_line
 from eval.files import write_folder_whole
 from eval.psnr.psnr import psnr_per_image
 from modeling_simvq import ImageTokenizer
+from quantization_simvq import SimVQ
 from reading.images import decode_image
 from reading.models import load_pretrained, load_processor
 from reading.sources import dataset_of_files, find_images
 
 
 COPIED = ("training_recipe.json", "training_report.html")
-WEIGHTS = (
-    "`model.safetensors` holds {of}, encoder and decoder rounded to float16 and loaded as float32, the quantizer in "
-    "float32."
-)
+WEIGHTS = "`model.safetensors` holds {of}, rounded to float16 and loaded as float32, but for {kept}, in float32."
 
 
-def halve(source: Path, target: Path) -> None:
+def halve(source: Path, target: Path, use_simvq: bool) -> None:
     """Writes a folder's model.safetensors anew.
+
+    Args:
+        source, target: files.
+        use_simvq: the codebook is frozen behind a linear layer, and its own values may be rounded.
 
     Raises:
         ValueError: weights that float16 cannot hold.
@@ -49,7 +52,8 @@ def halve(source: Path, target: Path) -> None:
         metadata = file.metadata()
     tensors = load_file(source)
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not name.startswith("quantizer."):
+        kept = name.startswith("quantizer.embedding_proj." if use_simvq else "quantizer.")
+        if tensor.is_floating_point() and not kept:
             tensors[name] = tensor.half()
             if not tensors[name].isfinite().all():
                 raise ValueError(f"{name} has values beyond those of float16, up to {tensor.abs().max():.3g}.")
@@ -68,7 +72,8 @@ def convert(source: Path, output: Path) -> None:
         model.config.dtype = "float32"
         model.config.freeze_encoder = True  # whoever fine-tunes it does not train the encoder unawares
         model.config.save_pretrained(folder)
-        halve(source / "model.safetensors", folder / "model.safetensors")
+        use_simvq = isinstance(model.quantizer, SimVQ)
+        halve(source / "model.safetensors", folder / "model.safetensors", use_simvq)
         card_file = source / "README.md"
         if not card_file.exists():
             return
@@ -78,7 +83,9 @@ def convert(source: Path, output: Path) -> None:
         if heading:
             averaged = "the moving average of the weights" if "moving average" in rest.partition("\n## ")[0] else ""
             rest = rest[rest.index("\n## ") :]
-            card.text = f"{before}{heading}\n{WEIGHTS.format(of=averaged or 'the trained weights')}\n{rest}"
+            kept = "W and b of the quantizer" if use_simvq else "the quantizer"
+            weights = WEIGHTS.format(of=averaged or "the trained weights", kept=kept)
+            card.text = f"{before}{heading}\n{weights}\n{rest}"
         card.text = card.text.replace("\nHeld-out images after step", "\nBefore rounding, held-out images after step")
         card.text = card.text.replace(f"# {source.name}\n", f"# {output.name}\n").replace(
             f'from_pretrained("{source.name}"', f'from_pretrained("{output.name}"'

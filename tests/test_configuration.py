@@ -87,3 +87,13 @@ def test_an_old_transformers_is_named(monkeypatch):
 def test_language_models_are_refused():
     with pytest.raises(ValueError, match="bert"):
         VQRAEConfig(encoder_config={"model_type": "bert"})
+
+
+def test_what_trainers_write_into_any_config_is_read_without_a_word(tmp_path, caplog):
+    """transformers' Trainer sets `use_cache` on every model, and with it every fine-tuned model is saved."""
+    config = tiny_config()
+    config.use_cache = False
+    config.save_pretrained(tmp_path)
+    with caplog.at_level("WARNING"):
+        VQRAEConfig.from_pretrained(tmp_path)
+    assert "use_cache" in (tmp_path / "config.json").read_text() and "use_cache" not in caplog.text

@@ -24,7 +24,7 @@ logger = logging.get_logger(__name__)
 
 # what a config.json may hold beside the fields of its class: written by transformers for any model
 _OF_ANY_MODEL = {"auto_map", "custom_pipelines", "model_type", "num_labels", "quantization_config", "torch_dtype"}
-_OF_ANY_MODEL |= {"attn_implementation", "experts_implementation", "name_or_path", "output_attentions"}
+_OF_ANY_MODEL |= {"attn_implementation", "experts_implementation", "name_or_path", "output_attentions", "use_cache"}
 
 
 def _side(size, what: str) -> int:
