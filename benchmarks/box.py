@@ -1,0 +1,149 @@
+"""The tokenizer in the box beside others and beside JPEG and WebP, on the same images, with pictures.
+
+    python -m benchmarks.box --data MY_IMAGES --output_dir runs/box
+    python -m benchmarks.box --data MY_IMAGES --output_dir runs/box \\
+        --others "SimVQ's CNN=runs/simvq_gan" "last layer alone=runs/last_layer"
+
+Each image is cropped as the tokenizer in the box needs it. Bytes of a tokenizer are its tokens times the bits that tell
+its codes apart, without entropy coding. JPEG and WebP get the highest quality whose whole file, header included, is no
+larger than the first tokenizer's; where even the lowest is larger, that one is taken, and its size is shown. LPIPS
+(VGG) needs torchvision's weights. Writes results.json, table.md and pictures.png: originals, then a row for each method
+in the order of the table.
+"""
+
+import argparse
+import io
+import json
+import math
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from tqdm import tqdm
+
+from eval.blocking.blocking import blocking_of, count_steps
+from eval.commands import ends_in_one_line
+from eval.files import write_whole
+from eval.lpips.lpips import load_lpips
+from eval.metrics import to_uint8
+from eval.pictures import save_rows
+from eval.psnr.psnr import psnr_per_image
+from modeling_simvq import ImageTokenizer
+from reading.images import decode_image
+from reading.models import load_pretrained, load_processor
+from reading.sources import dataset_of_files, find_images
+from training.data import sample_indices
+
+
+BOX = Path(__file__).resolve().parents[1] / "checkpoints" / "vqrae-dinov2-small"
+CODECS = {"JPEG": {"format": "JPEG", "optimize": True}, "WebP": {"format": "WEBP", "method": 6}}
+
+
+def bytes_of_tokens(model: ImageTokenizer, size: int) -> float:
+    """Of one image of `size` pixels: its tokens times the bits of a code."""
+    return (size // model.config.decoder_patch_size) ** 2 * math.log2(model.config.codebook_size) / 8
+
+
+def by_codec(image: torch.Tensor, limit: float, **options) -> tuple[torch.Tensor, int]:
+    """The highest quality whose file has `limit` bytes at most, or else the lowest.
+
+    Args:
+        image: (3, height, width), uint8.
+        limit: in bytes.
+        options: of Pillow's `save`.
+
+    Returns:
+        The decoded image, like `image`, and the bytes of its file.
+    """
+    best, low, high = None, 0, 96
+    while low < high:  # files grow with quality
+        quality, file = (low + high) // 2, io.BytesIO()
+        to_pil_image(image).save(file, quality=quality, **options)
+        if best is None or len(file.getvalue()) <= limit:
+            best = file.getvalue()
+        low, high = (quality + 1, high) if len(file.getvalue()) <= limit else (low, quality)
+    if len(best) > limit:
+        file = io.BytesIO()
+        to_pil_image(image).save(file, quality=0, **options)
+        best = file.getvalue()
+    return pil_to_tensor(Image.open(io.BytesIO(best)).convert("RGB")), len(best)
+
+
+@torch.no_grad()
+def by_tokenizer(model: ImageTokenizer, images: torch.Tensor) -> torch.Tensor:
+    """(B, 3, height, width) of uint8 -> the same, from their tokens."""
+    made = [
+        to_uint8(model.decode(model.get_image_tokens(image[None] / 255)).decoded_pixel_values)
+        for image in tqdm(images, desc="Reconstructing", unit="image")
+    ]
+    return torch.cat(made)
+
+
+@torch.no_grad()
+def measure(images: torch.Tensor, made: torch.Tensor, patch_size: int, lpips: torch.nn.Module) -> dict[str, float]:
+    """PSNR in dB, LPIPS, and blocking on the grid of the tokenizer in the box; both (B, 3, height, width) of uint8."""
+    scores = [lpips(a[None] / 255, b[None] / 255, normalize=True).item() for a, b in zip(made, images)]
+    return {
+        "psnr": psnr_per_image(made / 255, images / 255).mean().item(),
+        "lpips_vgg": sum(scores) / len(scores),
+        "blocking": blocking_of(count_steps(made, patch_size), count_steps(images, patch_size)),
+    }
+
+
+def table(results: dict) -> str:
+    lines = ["| | bytes an image | PSNR | LPIPS (VGG) | blocking |", "| --- | ---: | ---: | ---: | ---: |"]
+    for name, row in results.items():
+        lines.append(
+            f"| {name} | {row['bytes']:,.0f} | {row['psnr']:.2f} | {row['lpips_vgg']:.3f} | {row['blocking']:.2f} |"
+        )
+    best = {
+        key: pick(results, key=lambda name: results[name][key]) for key, pick in (("psnr", max), ("lpips_vgg", min))
+    }
+    lines.append(f"\nBest PSNR: {best['psnr']}. Best LPIPS: {best['lpips_vgg']}.")
+    return "\n".join(lines) + "\n"
+
+
+@ends_in_one_line()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", default=str(BOX), help="The tokenizer (default: the one in the box).")
+    parser.add_argument("--others", nargs="*", default=[], help="NAME=FOLDER of tokenizers to compare with.")
+    parser.add_argument("--data", required=True, help="Images: a folder, or a .txt file that lists them.")
+    parser.add_argument("--max_images", type=int, default=40, help="So many of them, drawn by a seed (default: 40).")
+    parser.add_argument("--output_dir", required=True, type=Path, help="Where results go.")
+    args = parser.parse_args()
+    if wrong := [other for other in args.others if "=" not in other]:
+        raise ValueError(f"--others: '{wrong[0]}' must be NAME=FOLDER.")
+    named = {"the tokenizer": args.model_name_or_path, **dict(other.split("=", 1) for other in args.others)}
+    models = {name: load_pretrained(folder, {}).eval() for name, folder in named.items()}
+    box = models["the tokenizer"]
+    size, patch_size = box.config.image_size, box.config.decoder_patch_size
+    files = find_images(args.data)
+    files = [files[i] for i in sample_indices(len(files), args.max_images, seed=0)]
+    processor = load_processor(args.model_name_or_path, size)
+    images = torch.cat(
+        [
+            to_uint8(processor(decode_image(record), return_tensors="pt").pixel_values)
+            for record in dataset_of_files(files)["image"]
+        ]
+    )
+    lpips, limit, results, rows = load_lpips("vgg"), bytes_of_tokens(box, size), {}, [images[:8] / 255]
+    for name, model in models.items():
+        made = by_tokenizer(model, images)
+        results[name] = {"bytes": bytes_of_tokens(model, size), **measure(images, made, patch_size, lpips)}
+        rows.append(made[:8] / 255)
+    for name, options in CODECS.items():
+        made, sizes = zip(*[by_codec(image, limit, **options) for image in images])
+        made = torch.stack(made)
+        results[name] = {"bytes": sum(sizes) / len(sizes), **measure(images, made, patch_size, lpips)}
+        rows.append(made[:8] / 255)
+    save_rows(rows, args.output_dir / "pictures.png", columns=min(8, len(images)))
+    result = {"images": [file.name for file in files], "image_size": size, "rows": results}
+    write_whole(args.output_dir / "results.json", lambda path: path.write_text(json.dumps(result, indent=2) + "\n"))
+    write_whole(args.output_dir / "table.md", lambda path: path.write_text(table(results)))
+    print(f"\n{len(images)} images of {size} px.\n\n{table(results)}\n{args.output_dir / 'pictures.png'}")
+
+
+if __name__ == "__main__":
+    main()

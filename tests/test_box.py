@@ -1,0 +1,59 @@
+"""The benchmark that puts a tokenizer beside others and beside codecs."""
+
+import io
+import json
+import sys
+
+import pytest
+import torch
+from conftest import tiny_config
+from PIL import Image
+from torchvision.transforms.functional import to_pil_image
+
+from benchmarks import box
+from modeling_simvq import VQRAEModel
+
+
+class Distance(torch.nn.Module):
+    """In place of LPIPS, whose weights are not here."""
+
+    def forward(self, a, b, normalize):
+        return (a - b).abs().mean()
+
+
+def test_a_codec_gives_the_best_that_fits_and_else_the_smallest():
+    torch.manual_seed(0)
+    image = torch.rand(3, 4, 4).mul(255).byte().repeat_interleave(16, 1).repeat_interleave(16, 2)
+    for name, options in box.CODECS.items():
+        sizes = []
+        for quality in range(96):
+            file = io.BytesIO()
+            to_pil_image(image).save(file, quality=quality, **options)
+            sizes.append(len(file.getvalue()))
+        limit = sorted(sizes)[48]
+        made, size = box.by_codec(image, limit, **options)
+        assert made.shape == image.shape and size <= limit, name
+        assert size >= sorted(sizes)[24], name
+        assert box.by_codec(image, 10, **options)[1] == sizes[0], name
+
+
+def test_rows_are_measured_on_the_same_images_and_drawn(image_folder, tmp_path, monkeypatch, capsys):
+    torch.manual_seed(0)
+    for name, codes in (("box", 256), ("other", 16)):
+        VQRAEModel(tiny_config(codebook_size=codes)).save_pretrained(tmp_path / name)
+    monkeypatch.setattr(box, "load_lpips", lambda _: Distance())
+    flags = ["--model_name_or_path", tmp_path / "box", "--others", f"another={tmp_path / 'other'}"]
+    flags += ["--data", image_folder, "--max_images", "3", "--output_dir", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", ["box.py", *map(str, flags)])
+    box.main()
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert list(rows) == ["the tokenizer", "another", "JPEG", "WebP"]
+    tokens = (32 // tiny_config().decoder_patch_size) ** 2
+    assert (rows["the tokenizer"]["bytes"], rows["another"]["bytes"]) == (tokens, tokens / 2)  # 8 and 4 bits
+    assert (tmp_path / "out" / "table.md").read_text() in capsys.readouterr().out
+    with Image.open(tmp_path / "out" / "pictures.png") as picture:
+        assert picture.height > 5 * 32
+    monkeypatch.setattr(sys, "argv", ["box.py", *map(str, flags), "--others", "nameless"])
+    with pytest.raises(SystemExit):
+        box.main()
+    assert "'nameless' must be NAME=FOLDER" in capsys.readouterr().err
