@@ -60,7 +60,7 @@ def measure(model: str, name: str) -> dict[str, float]:
     run(
         *("-m", "eval.reconstruction"),
         *("--model_name_or_path", model, "--data", HELDOUT, "--image_size", "112"),
-        *("--network_metrics", "--output_dir", output),
+        *("--protocol", "examples/quickstart_protocol.json", "--network_metrics", "--output_dir", output),
     )
     return json.loads((ROOT / output / "results.json").read_text())["metrics"]
 
