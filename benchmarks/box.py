@@ -15,6 +15,7 @@ import argparse
 import io
 import json
 import math
+from bisect import bisect_right
 from pathlib import Path
 
 import torch
@@ -22,18 +23,14 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
-from eval.blocking.blocking import blocking_of, count_steps
+from benchmarks.fused_latents import painted, read
 from eval.commands import ends_in_one_line
 from eval.files import write_whole
 from eval.lpips.lpips import load_lpips
 from eval.metrics import to_uint8
 from eval.pictures import save_rows
-from eval.psnr.psnr import psnr_per_image
 from modeling_simvq import ImageTokenizer
-from reading.images import decode_image
 from reading.models import load_pretrained, load_processor
-from reading.sources import dataset_of_files, find_images
-from training.data import sample_indices
 
 
 BOX = Path(__file__).resolve().parents[1] / "checkpoints" / "vqrae-dinov2-small"
@@ -56,18 +53,16 @@ def by_codec(image: torch.Tensor, limit: float, **options) -> tuple[torch.Tensor
     Returns:
         The decoded image, like `image`, and the bytes of its file.
     """
-    best, low, high = None, 0, 96
-    while low < high:  # files grow with quality
-        quality, file = (low + high) // 2, io.BytesIO()
-        to_pil_image(image).save(file, quality=quality, **options)
-        if best is None or len(file.getvalue()) <= limit:
-            best = file.getvalue()
-        low, high = (quality + 1, high) if len(file.getvalue()) <= limit else (low, quality)
-    if len(best) > limit:
+    picture = to_pil_image(image)
+
+    def coded(quality: int) -> bytes:
         file = io.BytesIO()
-        to_pil_image(image).save(file, quality=0, **options)
-        best = file.getvalue()
-    return pil_to_tensor(Image.open(io.BytesIO(best)).convert("RGB")), len(best)
+        picture.save(file, quality=quality, **options)
+        return file.getvalue()
+
+    first_too_large = bisect_right(range(96), limit, key=lambda quality: len(coded(quality)))  # files grow with quality
+    content = coded(max(0, first_too_large - 1))
+    return pil_to_tensor(Image.open(io.BytesIO(content)).convert("RGB")), len(content)
 
 
 @torch.no_grad()
@@ -84,11 +79,7 @@ def by_tokenizer(model: ImageTokenizer, images: torch.Tensor) -> torch.Tensor:
 def measure(images: torch.Tensor, made: torch.Tensor, patch_size: int, lpips: torch.nn.Module) -> dict[str, float]:
     """PSNR in dB, LPIPS, and blocking on the grid of the tokenizer in the box; both (B, 3, height, width) of uint8."""
     scores = [lpips(a[None] / 255, b[None] / 255, normalize=True).item() for a, b in zip(made, images)]
-    return {
-        "psnr": psnr_per_image(made / 255, images / 255).mean().item(),
-        "lpips_vgg": sum(scores) / len(scores),
-        "blocking": blocking_of(count_steps(made, patch_size), count_steps(images, patch_size)),
-    }
+    return {**painted(made, images, patch_size), "lpips_vgg": sum(scores) / len(scores)}
 
 
 def table(results: dict) -> str:
@@ -119,15 +110,8 @@ def main() -> None:
     models = {name: load_pretrained(folder, {}).eval() for name, folder in named.items()}
     box = models["the tokenizer"]
     size, patch_size = box.config.image_size, box.config.decoder_patch_size
-    files = find_images(args.data)
-    files = [files[i] for i in sample_indices(len(files), args.max_images, seed=0)]
-    processor = load_processor(args.model_name_or_path, size)
-    images = torch.cat(
-        [
-            to_uint8(processor(decode_image(record), return_tensors="pt").pixel_values)
-            for record in dataset_of_files(files)["image"]
-        ]
-    )
+    pixels, files = read(args.data, load_processor(args.model_name_or_path, size), args.max_images)
+    images = to_uint8(pixels)
     lpips, limit, results, rows = load_lpips("vgg"), bytes_of_tokens(box, size), {}, [images[:8] / 255]
     for name, model in models.items():
         made = by_tokenizer(model, images)

@@ -10,7 +10,7 @@ same training images (`initialize_codebook`). For each set of held-out images th
 - PSNR and blocking before any step, and PSNR after --minutes of training the decoder on tokens (mean absolute error);
 - lost: share of the last layer's variance that is lost between encoder and codes (1 - R2), on the first set;
 - used: share of the codes that its tokens use;
-- kNN: with --probe FOLDER_WITH_CLASSES, accuracy on the quantized features over that on the encoder's own.
+- kNN: with --probe FOLDER_WITH_CLASSES, accuracy on the quantized latents over that on the encoder's features.
 
 A row that is done is not done again. Writes results.json, table.md and map.png.
 """
@@ -40,15 +40,21 @@ from training.data import EvalTransform, sample_indices
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "fused_latents.json"
 
 
-def read(path: str, size: int, count: int | None, seed: int = 0) -> torch.Tensor:
-    """(B, 3, size, size) in [0, 1] of the images of a folder or list, at most `count`, chosen by the seed."""
+def read(path: str, processor: VQRAEImageProcessor, count: int) -> tuple[torch.Tensor, list[Path]]:
+    """(B, 3, size, size) in [0, 1] of images of a folder or list, drawn by a seed (0: all); and their files."""
     files = find_images(path)
-    chosen = [files[i] for i in sample_indices(len(files), count or len(files), seed)]
-    transform = EvalTransform(VQRAEImageProcessor.for_image_size(size))
-    records = dataset_of_files(chosen)["image"]
-    return torch.stack(
-        [transform({"image": [record]})["pixel_values"][0] for record in tqdm(records, desc=f"Reading {path}")]
-    )
+    files = [files[i] for i in sample_indices(len(files), count or len(files), seed=0)]
+    transform, records = EvalTransform(processor), dataset_of_files(files)["image"]
+    pixels = [transform({"image": [record]})["pixel_values"][0] for record in tqdm(records, desc=f"Reading {path}")]
+    return torch.stack(pixels), files
+
+
+def painted(made: torch.Tensor, images: torch.Tensor, patch_size: int) -> dict[str, float]:
+    """PSNR in dB and blocking of reconstructions; both (B, 3, height, width) of uint8."""
+    return {
+        "psnr": psnr_per_image(made / 255, images / 255).mean().item(),
+        "blocking": blocking_of(count_steps(made, patch_size), count_steps(images, patch_size)),
+    }
 
 
 @torch.no_grad()
@@ -63,14 +69,8 @@ def measure(model: VQRAEModel, pixels: torch.Tensor) -> tuple[dict[str, float], 
     model.eval()
     tokens = tokens_of(model, pixels)
     fake = torch.cat([model.decode(part.to(model.device)).decoded_pixel_values.cpu() for part in tokens.split(16)])
-    eight = to_uint8(fake), to_uint8(pixels)
-    steps = [count_steps(images, model.config.decoder_patch_size) for images in eight]
-    numbers = {
-        "psnr": psnr_per_image(eight[0] / 255, eight[1] / 255).mean().item(),
-        "blocking": blocking_of(*steps),
-        "used": len(tokens.unique()) / model.config.codebook_size,
-    }
-    return numbers, fake.clamp(0, 1)
+    numbers = painted(to_uint8(fake), to_uint8(pixels), model.config.decoder_patch_size)
+    return {**numbers, "used": len(tokens.unique()) / model.config.codebook_size}, fake.clamp(0, 1)
 
 
 @torch.no_grad()
@@ -139,7 +139,7 @@ def row(fields: dict, args: argparse.Namespace, data: dict, output: Path) -> dic
     numbers["lost"] = lost(model, data["train"], next(iter(data["heldout"].values())))
     if data["probe"]:
         processor = VQRAEImageProcessor.for_image_size(model.config.image_size)
-        vectors = encode_files(model, data["probe"]["files"], processor, args.device, 16)
+        vectors = encode_files(model, data["probe"]["files"], processor, 16)
         scores = {name: accuracy_of_neighbours(vectors[name], data["probe"]["labels"]) for name in vectors}
         numbers["probe"] = {name: score.mean().item() for name, score in scores.items() if name != "bags of tokens"}
     if args.minutes:
@@ -218,9 +218,9 @@ def main() -> None:
     if unknown := [name for name in names if name not in settings["rows"]]:
         raise ValueError(f"--rows: {args.config} has no row '{unknown[0]}', only {', '.join(settings['rows'])}.")
     sets = dict(pair.split("=", 1) for pair in args.heldout)
-    size = settings["common"]["image_size"]
-    data = {"train": read(args.train_data, size, args.train_images)}
-    data["heldout"] = {name: read(path, size, args.heldout_images) for name, path in sets.items()}
+    processor = VQRAEImageProcessor.for_image_size(settings["common"]["image_size"])
+    data = {"train": read(args.train_data, processor, args.train_images)[0]}
+    data["heldout"] = {name: read(path, processor, args.heldout_images)[0] for name, path in sets.items()}
     data["probe"] = None
     if args.probe:
         files, labels, _ = labelled_images(Path(args.probe))

@@ -66,24 +66,24 @@ def labelled_images(folder: Path, classes: list[str] | None = None) -> tuple[lis
 
 
 @torch.inference_mode()
-def image_vectors(model, images: torch.Tensor, device: str, batch_size: int = 16) -> dict[str, np.ndarray]:
+def image_vectors(model, images: torch.Tensor) -> dict[str, np.ndarray]:
     """The four vectors of each image, by name, (B, width) each.
 
     Args:
-        model: an [`ImageTokenizer`] in eval mode on `device`.
+        model: an [`ImageTokenizer`] in eval mode.
         images: (B, 3, height, width) in [0, 1].
     """
-    width, codes = model.config.hidden_size, model.config.codebook_size
-    vectors = {"encoder features": [], "quantized features": [], "quantized latents": [], "bags of tokens": []}
-    for batch in images.split(batch_size):
-        encoded = model.encode(batch.to(device))
-        tokens = encoded.image_tokens.flatten(1)
-        counts = torch.zeros(len(tokens), codes, device=device).scatter_add_(1, tokens, torch.ones_like(tokens).float())
-        vectors["encoder features"].append(encoded.last_hidden_state.mean(1))
-        vectors["quantized features"].append(encoded.quantized_last_hidden_state[..., :width].mean(1))
-        vectors["quantized latents"].append(model.quantizer.get_codebook_entry(tokens).mean(1))
-        vectors["bags of tokens"].append((counts / tokens.shape[1]).sqrt())
-    return {name: torch.cat(parts).float().cpu().numpy() for name, parts in vectors.items()}
+    encoded = model.encode(images.to(model.device))
+    tokens = encoded.image_tokens.flatten(1)
+    counts = torch.zeros(len(tokens), model.config.codebook_size, device=model.device)
+    counts.scatter_add_(1, tokens, torch.ones_like(tokens).float())
+    vectors = {
+        "encoder features": encoded.last_hidden_state.mean(1),
+        "quantized features": encoded.quantized_last_hidden_state[..., : model.config.hidden_size].mean(1),
+        "quantized latents": model.quantizer.get_codebook_entry(tokens).mean(1),
+        "bags of tokens": (counts / tokens.shape[1]).sqrt(),
+    }
+    return {name: values.float().cpu().numpy() for name, values in vectors.items()}
 
 
 def accuracy_of_neighbours(vectors: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -184,7 +184,7 @@ def main() -> None:
     size = args.image_size or model.config.image_size
     processor = load_processor(args.model_name_or_path, size)
     print(f"{len(files)} images of {len(names)} classes at {size} px.", flush=True)
-    vectors = encode_files(model, files, processor, args.device, args.batch_size)
+    vectors = encode_files(model, files, processor, args.batch_size)
     result = {
         "model": args.model_name_or_path,
         "weights_sha256": weights_hash(model),
@@ -206,12 +206,12 @@ def main() -> None:
     print(f"\n{markdown(result)}\n{args.output_dir / 'probe.html'}")
 
 
-def encode_files(model, files: list[Path], processor: VQRAEImageProcessor, device: str, batch_size: int) -> dict:
+def encode_files(model, files: list[Path], processor: VQRAEImageProcessor, batch_size: int) -> dict[str, np.ndarray]:
     """`image_vectors` of files, some at a time."""
     parts, records = [], dataset_of_files(files)["image"]
     for start in tqdm(range(0, len(files), batch_size), desc="Encoding", unit="batch"):
         images = [decode_image(record) for record in records[start : start + batch_size]]
-        parts.append(image_vectors(model, processor(images, return_tensors="pt").pixel_values, device))
+        parts.append(image_vectors(model, processor(images, return_tensors="pt").pixel_values))
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
