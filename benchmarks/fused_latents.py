@@ -189,7 +189,8 @@ def draw(results: dict, sets: list[str], path: Path) -> None:
             )
             if "trained_psnr" in numbers[part]:
                 axis.scatter(numbers["lost"], numbers[part]["trained_psnr"], s=16, color="C1")
-        axis.set(title=f"{part}: before any step (blue), after training (orange)", ylabel="PSNR, dB")
+        after = ", after training (orange)" if any("steps" in numbers for numbers in results.values()) else ""
+        axis.set(title=f"{part}: before any step (blue){after}", ylabel="PSNR, dB")
         axis.set_xlabel("share of the last layer's variance that is lost")
     figure.tight_layout()
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=110))
