@@ -13,19 +13,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from eval.files import write_whole
+from generation.provenance import tokenizer_hash
 from modeling_simvq import ImageTokenizer
 from reading.images import image_name
 from training.data import TrainTransform, collate
-
-
-SEEN = (
-    "encoder_layers",
-    "pixel_weight",
-    "encoder_input_size",
-    "decoder_patch_size",
-    "image_mean",
-    "image_std",
-)  # of a configuration
 
 
 def tokenize_crops(
@@ -59,11 +50,7 @@ def tokenize_crops(
     plain = dataset.with_format(None)
     images = [_identity(record) for record in plain["image"]]
     crops = transform.image_size, transform.seed, transform.min_crop_area
-    seen = [getattr(model.config, name, None) for name in SEEN]
-    digest = hashlib.sha256(json.dumps([images, crops, seen]).encode())
-    for part in (model.encoder, model.project_in, model.quantizer):
-        for tensor in part.state_dict().values():
-            digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
+    digest = hashlib.sha256(json.dumps([images, crops, tokenizer_hash(model)]).encode())
     made_from = {"made_from": digest.hexdigest()}
     dtype = torch.int16 if model.config.codebook_size <= 2**15 else torch.int32
 
