@@ -6,9 +6,10 @@
 
 Each image is cropped as the tokenizer in the box needs it. Bytes of a tokenizer are its tokens times the bits that tell
 its codes apart, without entropy coding. JPEG and WebP get the highest quality whose whole file, header included, is no
-larger than the first tokenizer's; where even the lowest is larger, that one is taken, and its size is shown. LPIPS
-(VGG) needs torchvision's weights. Writes results.json, table.md and pictures.png: originals, then a row for each method
-in the order of the table.
+larger than the first tokenizer's; where even the lowest is larger, that one is taken, and its size is shown. --oracle
+adds a bound: the linear map from the codes around a token to its patch that least squares finds on these very images.
+No decoder that is linear in so many codes has a smaller squared error there. LPIPS (VGG) needs torchvision's weights.
+Writes results.json, table.md and pictures.png: originals, then a row for each method in the order of the table.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from bisect import bisect_right
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
@@ -29,6 +31,7 @@ from eval.files import write_whole
 from eval.lpips.lpips import load_lpips
 from eval.metrics import to_uint8
 from eval.pictures import save_rows
+from fitting_simvq import fit_linear_path
 from modeling_simvq import ImageTokenizer
 from reading.models import load_pretrained, load_processor
 
@@ -76,6 +79,23 @@ def by_tokenizer(model: ImageTokenizer, images: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
+def by_oracle(model: ImageTokenizer, images: torch.Tensor, kernel_size: int) -> torch.Tensor:
+    """(B, 3, height, width) of uint8 -> the same, by the linear map from `kernel_size` x `kernel_size` codes to the
+    patch of the middle one that has the smallest squared error on these images."""
+    patch_size, maps, samples = model.config.decoder_patch_size, [], []
+    for image in tqdm(images, desc=f"Fitting {kernel_size} x {kernel_size} codes", unit="image"):
+        pixels = image[None] / 255
+        codes = model.quantizer.get_codebook_entry(model.get_image_tokens(pixels)).float()  # 1, h, w, dim
+        maps.append(codes.permute(0, 3, 1, 2))
+        patches = F.pixel_unshuffle(pixels, patch_size)[0].flatten(1).T
+        samples.append((codes.flatten(0, 2), patches, codes.shape[1:3]))
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = fit_linear_path(samples, lambda codes: codes, kernel_size, generator, torch.device("cpu"))
+    made = [F.conv2d(part, weight.float(), bias.float(), padding=kernel_size // 2) for part in maps]
+    return to_uint8(F.pixel_shuffle(torch.cat(made), patch_size))
+
+
+@torch.no_grad()
 def measure(images: torch.Tensor, made: torch.Tensor, patch_size: int, lpips: torch.nn.Module) -> dict[str, float]:
     """PSNR in dB, LPIPS, and blocking on the grid of the tokenizer in the box; both (B, 3, height, width) of uint8."""
     scores = [lpips(a[None] / 255, b[None] / 255, normalize=True).item() for a, b in zip(made, images)]
@@ -102,6 +122,9 @@ def main() -> None:
     parser.add_argument("--others", nargs="*", default=[], help="NAME=FOLDER of tokenizers to compare with.")
     parser.add_argument("--data", required=True, help="Images: a folder, or a .txt file that lists them.")
     parser.add_argument("--max_images", type=int, default=40, help="So many of them, drawn by a seed (default: 40).")
+    parser.add_argument(
+        "--oracle", nargs="*", type=int, default=[], choices=(1, 3, 5), help="Bounds of linear maps, such as 3 5."
+    )
     parser.add_argument("--output_dir", required=True, type=Path, help="Where results go.")
     args = parser.parse_args()
     if wrong := [other for other in args.others if "=" not in other]:
@@ -116,6 +139,10 @@ def main() -> None:
     for name, model in models.items():
         made = by_tokenizer(model, images)
         results[name] = {"bytes": bytes_of_tokens(model, size), **measure(images, made, patch_size, lpips)}
+        rows.append(made[:8] / 255)
+    for kernel_size in args.oracle:
+        made, name = by_oracle(box, images, kernel_size), f"its best linear map, {kernel_size} x {kernel_size} codes"
+        results[name] = {"bytes": limit, **measure(images, made, patch_size, lpips)}
         rows.append(made[:8] / 255)
     for name, options in CODECS.items():
         made, sizes = zip(*[by_codec(image, limit, **options) for image in images])

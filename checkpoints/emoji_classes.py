@@ -1,0 +1,86 @@
+"""The emoji of `training_images`, in a folder for each of Unicode's groups: what `emoji-llama` was trained on.
+
+    python -m checkpoints.training_images --output_dir runs/images
+    python -m checkpoints.emoji_classes --images runs/images/images --output_dir runs/emoji
+
+Makes `train` and `heldout` below the output folder. Held out are the emoji on which the tokenizer was not trained
+either. The groups ("Smileys & Emotion", ...) are those of `emoji-test.txt` in Debian's package unicode-data, which is
+fetched (8 MB) unless the file is named.
+"""
+
+import argparse
+import shutil
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+from eval.commands import ends_in_one_line
+from eval.files import write_folder_whole
+
+
+PACKAGE = "unicode-data"
+ANY_FORM = {"fe0f"}  # a code point that only asks for a picture: names of files have it or not
+
+
+def fetch_groups() -> str:
+    """The text of `emoji-test.txt` from the Debian archive."""
+    with tempfile.TemporaryDirectory() as folder:
+        print(f"Fetching {PACKAGE} from the Debian archive.", flush=True)
+        subprocess.run(["apt-get", "download", PACKAGE], cwd=folder, check=True, timeout=600)
+        (archive,) = Path(folder).glob("*.deb")
+        subprocess.run(["dpkg-deb", "-x", archive, folder], check=True, timeout=600)
+        return (Path(folder) / "usr/share/unicode/emoji/emoji-test.txt").read_text(encoding="utf-8")
+
+
+def code_points(text: str, separator: str | None) -> tuple[str, ...]:
+    """Those of a sequence, in small hexadecimal digits, without `ANY_FORM`."""
+    return tuple(point for point in text.lower().split(separator) if point not in ANY_FORM)
+
+
+def groups_of(text: str) -> dict[tuple[str, ...], str]:
+    """{code points: group} of the lines of `emoji-test.txt`."""
+    groups, group = {}, None
+    for line in text.splitlines():
+        if line.startswith("# group:"):
+            group = line.partition(":")[2].strip()
+        elif line and not line.startswith("#"):
+            groups[code_points(line.partition(";")[0], None)] = group
+    return groups
+
+
+def arrange(images: Path, groups: dict[tuple[str, ...], str], output: Path) -> None:
+    """Copies emoji to `output/train/GROUP` and `output/heldout/GROUP`; those that Unicode does not list are left out
+    and counted."""
+    for part in ("train", "heldout"):
+        files = sorted((images / part / "emoji").glob("*.webp"))
+        if not files:
+            raise ValueError(f"There are no emoji in {images / part / 'emoji'}: make them by checkpoints.training_images.")
+        counts = Counter()
+        for file in files:
+            group = groups.get(code_points(file.stem, "-"))
+            counts[group or "in no group, left out"] += 1
+            if group:
+                folder = output / part / group
+                folder.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, folder)
+        print(f"{part}: {', '.join(f'{count} {group}' for group, count in counts.most_common())}.")
+
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--images", required=True, type=Path, help="The folder `images` that training_images makes.")
+parser.add_argument("--output_dir", required=True, type=Path, help="A folder that does not exist.")
+parser.add_argument("--groups", type=Path, help="Unicode's emoji-test.txt (default: fetched).")
+
+
+@ends_in_one_line()
+def main() -> None:
+    args = parser.parse_args()
+    if args.output_dir.exists():
+        raise ValueError(f"--output_dir {args.output_dir} exists: name a new folder, or remove it.")
+    groups = groups_of(args.groups.read_text(encoding="utf-8") if args.groups else fetch_groups())
+    write_folder_whole(args.output_dir, lambda folder: arrange(args.images, groups, folder))
+
+
+if __name__ == "__main__":
+    main()
