@@ -33,7 +33,6 @@ try:
         gathered,
         pixels_of,
         processes,
-        read_again,
         sample_of_latents,
         share_first,
     )
@@ -52,7 +51,6 @@ except ImportError:
         gathered,
         pixels_of,
         processes,
-        read_again,
         sample_of_latents,
         share_first,
     )
@@ -219,16 +217,15 @@ class ImageTokenizer(PreTrainedModel):
         Where the configuration asks for them, fused latents are fitted first (`pixel_weight`, see `fuse` in
         fitting_simvq.py), and the decoder's linear path last (`decoder_linear_path`); its layers then add nothing.
 
-        One pass over `batches`, of which a uniform sample of `latents_per_code * codebook_size` latents is kept, 2 GiB
-        of them at most. Fused latents need a second pass, and with a linear path whole images are kept, 2 GiB of
-        latents and pixels. With several processes each passes batches of its own, all use the sums and the sample of
-        all, and the first one's result is every one's. Sets `config.codebook_init`, `config.codebook_init_latents` and
-        `config.latents_fit`.
+        One pass over `batches`, of which a uniform sample of `latents_per_code * codebook_size` latents is kept. Where
+        more than codes is fitted, features and pixels of whole images are kept, a random sample of at most 4 GiB, and
+        the latents are drawn from these. With several processes each passes batches of its own, all use the sums and
+        the sample of all, and the first one's result is every one's. Sets `config.codebook_init`,
+        `config.codebook_init_latents` and `config.latents_fit`.
 
         Args:
-            batches: pixels (B, channels, height, width) in [0, 1], or dicts that hold them as `pixel_values`. Of an
-                iterator, which can be read but once, a random sample of whole images is kept where two passes are
-                needed, 2 GiB of them at most; a list or a `DataLoader` is read again.
+            batches: pixels (B, channels, height, width) in [0, 1], or dicts that hold them as `pixel_values`. They are
+                read once.
             latents_per_code: size of the sample for each code.
             iterations: of k-means.
             seed: of the sample and of k-means; the same seed and batches give the same codebook.
@@ -244,7 +241,7 @@ class ImageTokenizer(PreTrainedModel):
         codes, most = self.config.codebook_size, MOST_BYTES // (4 * dim)
         if latents_per_code * codes > most:
             logger.warning(
-                f"{latents_per_code * codes:,} latents of width {dim} are more than the 2 GiB that are kept: the codes "
+                f"{latents_per_code * codes:,} latents of width {dim} are more than the 4 GiB that are kept: the codes "
                 f"are fitted to {most:,} latents, {most / codes:.1f} a code."
             )
         size = math.ceil(min(latents_per_code * codes, most) / count)
@@ -252,10 +249,7 @@ class ImageTokenizer(PreTrainedModel):
         was_training = self.training
         self.eval()
         if self._fits_images():
-            batches = read_again(batches, torch.Generator().manual_seed(seed * count + rank))
-            if self.config.pixel_weight:
-                self._fit_projections(batches)
-            images = self._sample_of_images(batches, generator)
+            images = self._fit_to_images(batches, generator)
             sample = torch.cat([latents for latents, _, _ in images])
             sample = sample[torch.randperm(len(sample), generator=generator)[:size].to(sample.device)].to(device)
         else:
@@ -766,19 +760,43 @@ class VQRAEModel(ImageTokenizer):
         pixels = pixels.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # B, channels, h, patch, w, patch
         return pixels.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
-    def _fit_projections(self, batches: Iterable) -> None:
+    def _fit_to_images(
+        self, batches: Iterable, generator: torch.Generator
+    ) -> list[tuple[torch.Tensor, torch.Tensor, tuple[int, int]]]:
+        """Fits the projections, where they are fitted; returns a random sample of whole images: latents
+        (h * w, latent_size), patches (h * w, pixels) in half precision, and the grid (h, w) of each. On the CPU."""
         config, device = self.config, self.quantizer.embedding.weight.device
-        pixels = config.decoder_patch_size**2 * config.num_channels
-        moments, images = Moments(config.quantized_features + pixels, device), torch.zeros((), dtype=torch.int64)
-        for batch in logging.tqdm(batches, desc="Fused latents, moments", unit="batch"):
+        width, pixels = config.quantized_features, config.decoder_patch_size**2 * config.num_channels
+        moments, sample, reservoir = Moments(width + pixels, device), [], None
+        for batch in logging.tqdm(batches, desc="Features of images", unit="batch"):
             pixel_values = pixels_of(batch, device)
             features = self._checked_features(pixel_values)[1].float()
-            moments.add(torch.cat([features, self._patches(pixel_values)], dim=-1).flatten(0, 1))
-            images += len(pixel_values)
-        moments.join_processes()
-        if moments.count < 2:
+            patches = self._patches(pixel_values)
+            if config.pixel_weight:
+                moments.add(torch.cat([features, patches], dim=-1).flatten(0, 1))
+            # what the projections will be is known at the end: the features are kept until then
+            features, patches = features.to(torch.float16).cpu(), patches.to(torch.float16).cpu()
+            if reservoir is None:
+                size = MOST_BYTES // processes()[1] // (features[0].nbytes + patches[0].nbytes)
+                reservoir = Reservoir(max(1, size), generator)
+            for place, which in sorted(reservoir.places(len(features)).items()):
+                image = features[which].clone(), patches[which].clone(), self._grid_of(pixel_values)
+                sample[place : place + 1] = [image]  # at the end where it is a new place
+        if not sample:
             raise ValueError("initialize_codebook got no images.")
-        images = gathered(images[None]).sum().item()
+        if reservoir.seen > len(sample):
+            logger.warning(f"Of {reservoir.seen:,} images, {len(sample):,} are kept for the codes and the linear path.")
+        if config.pixel_weight:
+            self._fit_projections(moments, reservoir.seen)
+        for place, (features, patches, grid) in enumerate(sample):
+            sample[place] = self.project_in(features.to(device).float()).float().cpu(), patches, grid
+        return sample
+
+    def _fit_projections(self, moments: Moments, images: int) -> None:
+        config = self.config
+        pixels = config.decoder_patch_size**2 * config.num_channels
+        moments.join_processes()
+        images = gathered(torch.tensor([images])).sum().item()
         fit = fuse(moments, config.hidden_size, pixels, config.pixel_weight, config.codebook_dim, config.image_std)
         for module, (weight, bias) in ((self.project_in, fit.project_in), (self.project_out, fit.project_out)):
             module.weight.copy_(weight)
@@ -790,26 +808,6 @@ class VQRAEModel(ImageTokenizer):
             "variance_kept": round(fit.variance_kept, 6),
             "pixels_psnr": round(fit.pixels_psnr, 3),
         }
-
-    def _sample_of_images(
-        self, batches: Iterable, generator: torch.Generator
-    ) -> list[tuple[torch.Tensor, torch.Tensor, tuple[int, int]]]:
-        """A random sample of whole images: latents (h * w, latent_size), patches (h * w, pixels) in half precision, and
-        the grid (h, w) of each. On the CPU."""
-        device, sample, reservoir = self.quantizer.embedding.weight.device, [], None
-        for batch in logging.tqdm(batches, desc="Latents of images", unit="batch"):
-            pixel_values = pixels_of(batch, device)
-            latents = self.get_latents(pixel_values).float().cpu()
-            patches = self._patches(pixel_values).to(torch.float16).cpu()
-            if reservoir is None:
-                size = MOST_BYTES // processes()[1] // (latents[0].nbytes + patches[0].nbytes)
-                reservoir = Reservoir(max(1, size), generator)
-            for place, which in sorted(reservoir.places(len(latents)).items()):
-                image = latents[which].clone(), patches[which].clone(), self._grid_of(pixel_values)
-                sample[place : place + 1] = [image]  # at the end where it is a new place
-        if not sample:
-            raise ValueError("initialize_codebook got no images.")
-        return sample
 
     def _fit_linear_path(self, images: list, generator: torch.Generator) -> None:
         path, device = self.decoder.linear_path, self.quantizer.embedding.weight.device

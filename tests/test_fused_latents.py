@@ -13,9 +13,9 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge
 from test_loading import ROOT, run
 
-import fitting_simvq
+import modeling_simvq
 from configuration_simvq import VQRAEConfig
-from fitting_simvq import RIDGE, Moments, fuse, read_again
+from fitting_simvq import RIDGE, Moments, fuse
 from modeling_simvq import VQRAEModel
 
 
@@ -194,11 +194,25 @@ def test_an_iterator_that_can_be_read_once_is_enough(fitted, images):
     same_weights(model, fitted, atol=0, rtol=0)
 
 
-def test_of_an_iterator_a_bounded_sample_of_whole_images_is_kept(monkeypatch, images):
-    monkeypatch.setattr(fitting_simvq, "MOST_BYTES", 10 * images[0].nbytes + 1)
-    kept = torch.cat(list(read_again(iter(images.split(7)), torch.Generator().manual_seed(0))))
-    where = [(image == images).flatten(1).all(1).nonzero().item() for image in kept]
-    assert len(set(where)) == 10 and max(where) > 20  # whole images, none twice, not only the first
+def test_the_encoder_sees_every_image_once(images):
+    model, seen = fused_model(), []
+    model.encoder.register_forward_hook(lambda *_, **__: seen.append(1))
+    model.initialize_codebook(images.split(16))
+    assert len(seen) == len(images.split(16))
+
+
+def test_a_bounded_sample_of_whole_images_is_kept(monkeypatch, fitted, images, caplog):
+    model = fused_model()
+    latents, patches = fitted.get_latents(images), model._patches(images)
+    one = 2 * patches[0].numel() + 2 * patches.shape[1] * model.config.quantized_features  # in half precision
+    monkeypatch.setattr(modeling_simvq, "MOST_BYTES", 10 * one + 1)
+    with torch.no_grad():
+        sample = model._fit_to_images(images.split(7), torch.Generator().manual_seed(0))
+    where = [(kept == patches.half()).flatten(1).all(1).nonzero().item() for _, kept, _ in sample]
+    assert len(set(where)) == len(sample) == 10 and max(where) > 20  # whole images, none twice, not only the first
+    # projections are those of all images, not of the sample; features were rounded to half precision
+    torch.testing.assert_close(torch.stack([kept for kept, _, _ in sample]), latents[where], atol=0.02, rtol=0.01)
+    assert model.config.latents_fit == fitted.config.latents_fit
 
 
 def test_same_seed_same_fit_and_order_of_batches_does_not_matter_for_projections(fitted, images):

@@ -5,7 +5,7 @@ processes. Sums are kept in float64.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,7 @@ except ImportError:
 
 logger = logging.get_logger(__name__)
 
-MOST_BYTES = 2**31  # of what a fit keeps, on all processes together
+MOST_BYTES = 2**32  # of what a fit keeps, on all processes together
 RIDGE = 1e-4  # of the mean variance of the inputs: least squares stay stable where inputs hardly vary
 
 
@@ -98,29 +98,6 @@ def sample_of_latents(
 
 def pixels_of(batch, device: torch.device) -> torch.Tensor:
     return (batch if isinstance(batch, torch.Tensor) else batch["pixel_values"]).to(device)
-
-
-def read_again(batches: Iterable, generator: torch.Generator) -> Iterable:
-    """Batches that can be read more than once: these, or, of an iterator that can be read but once, a sample of whole
-    images, at most `MOST_BYTES` of them."""
-    if not isinstance(batches, Iterator):
-        return batches
-    images, reservoir = [], None
-    for batch in batches:
-        pixels = pixels_of(batch, torch.device("cpu"))
-        if reservoir is None:
-            size = MOST_BYTES // processes()[1] // (pixels[0].numel() * pixels.element_size())
-            reservoir = Reservoir(max(1, size), generator)
-        for place, which in sorted(reservoir.places(len(pixels)).items()):
-            images[place : place + 1] = [pixels[which].clone()]  # at the end where it is a new place
-    if reservoir and reservoir.seen > len(images):
-        logger.warning(f"Of {reservoir.seen:,} images that can be read but once, {len(images):,} are kept for the fit.")
-    return [image[None] for image in images] if len({image.shape for image in images}) > 1 else batched(images)
-
-
-def batched(images: list[torch.Tensor], size: int = 16) -> list[torch.Tensor]:
-    """Images of one size, stacked."""
-    return [torch.stack(images[i : i + size]) for i in range(0, len(images), size)]
 
 
 # Least squares -------------------------------------------------------------------------------------------------------
