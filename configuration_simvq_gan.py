@@ -1,5 +1,6 @@
 """Configuration of the SimVQ paper's own image tokenizers: a convolutional autoencoder with a SimVQ quantizer."""
 
+from transformers import AutoConfig
 from transformers.configuration_utils import strict
 
 
@@ -101,5 +102,7 @@ class SimVQGANConfig(ImageTokenizerConfig):
 
 
 SimVQGANConfig.register_for_auto_class()
+if not __package__:
+    AutoConfig.register(SimVQGANConfig.model_type, SimVQGANConfig, exist_ok=True)
 
 __all__ = ["SimVQGANConfig"]

@@ -10,6 +10,7 @@ from collections import OrderedDict
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import AutoModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -17,15 +18,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 try:
     from .configuration_simvq_gan import NORM_GROUPS, SimVQGANConfig
     from .decoding_simvq import DecoderOutput, selected
-    from .modeling_simvq import ImageTokenizer
     from .quantization_simvq import SimVQ
+    from .tokenizer_simvq import ImageTokenizer
 except ImportError:
     if __package__:  # a real error inside them must not be masked
         raise
     from configuration_simvq_gan import NORM_GROUPS, SimVQGANConfig
     from decoding_simvq import DecoderOutput, selected
-    from modeling_simvq import ImageTokenizer
     from quantization_simvq import SimVQ
+    from tokenizer_simvq import ImageTokenizer
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -172,6 +173,9 @@ class SimVQGANModel(ImageTokenizer):
         """The first convolution."""
         return self.encoder.conv_in
 
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.encoder.conv_in = value
+
     def _image_features(
         self,
         pixel_values: torch.Tensor,
@@ -188,5 +192,7 @@ class SimVQGANModel(ImageTokenizer):
 
 
 SimVQGANModel.register_for_auto_class("AutoModel")
+if not __package__:
+    AutoModel.register(SimVQGANConfig, SimVQGANModel, exist_ok=True)
 
 __all__ = ["SimVQGANConfig", "SimVQGANModel"]

@@ -1,12 +1,12 @@
-"""Loading a trained tokenizer of either kind by the classes of this repository: code that comes with a model is not
-run, unless it is another kind of model and that is asked for."""
+"""Loading a trained tokenizer of either kind by the classes of this repository, which AutoModel takes in place of the
+code beside a checkpoint: that is not run, unless it is another kind of model and that is asked for."""
 
 from contextlib import contextmanager
 from dataclasses import fields
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from configuration_simvq import VQRAEConfig
 from image_processing_simvq import VQRAEImageProcessor
@@ -15,9 +15,6 @@ from modeling_simvq_gan import SimVQGANModel
 
 
 MODELS = {model.config_class.model_type: model for model in (VQRAEModel, SimVQGANModel)}
-for model_type, model in MODELS.items():  # AutoModel takes ours in place of the code beside a checkpoint
-    AutoConfig.register(model_type, model.config_class)
-    AutoModel.register(model.config_class, model)
 
 
 @contextmanager

@@ -127,7 +127,7 @@ def test_code_s_hash_is_of_all_that_computes_numbers(monkeypatch):
     assert results.code_hash() == "hash"
     names = {str(file.relative_to(ROOT)) for file in hashed}
     assert {"eval/evaluation.py", "eval/ssim/ssim.py", "reading/images.py", "modeling_simvq.py"} <= names
-    assert {"quantization_simvq.py", "image_processing_simvq.py"} <= names
+    assert {"tokenizer_simvq.py", "quantization_simvq.py", "image_processing_simvq.py"} <= names
 
 
 OUTPUTS = {"results.json", "results.md", "report.html", "pictures.png", "code_counts.npy"}

@@ -337,7 +337,7 @@ def test_images_that_do_not_do_are_named(images, message):
 
 def test_painting_without_a_fit_is_told_once(monkeypatch, images):
     said = []
-    monkeypatch.setattr("modeling_simvq.logger.warning_once", said.append)
+    monkeypatch.setattr("tokenizer_simvq.logger.warning_once", said.append)
     model = fused_model()
     model(images[:1])
     assert len(said) == 1 and "initialize_codebook" in said[0]

@@ -38,6 +38,7 @@ CODE = [
     "image_processing_simvq.py",
     "modeling_simvq.py",
     "quantization_simvq.py",
+    "tokenizer_simvq.py",
 ]
 GAN_CODE = ["configuration_simvq_gan.py", "modeling_simvq_gan.py"]
 LOAD = """

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_config
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
+from configuration_simvq_gan import SimVQGANConfig
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import VQRAEModel
+from modeling_simvq_gan import SimVQGANModel
 
 
 ROOT = Path(__file__).parents[1]
@@ -80,6 +83,7 @@ def test_after_pip_install(tmp_path):
         "modeling_simvq.py",
         "modeling_simvq_gan.py",
         "quantization_simvq.py",
+        "tokenizer_simvq.py",
     ]
 
 
@@ -108,3 +112,14 @@ print(type(model).__module__)
 """
     module = run(code, tmp_path, HF_HOME=str(tmp_path / "home"))
     assert "transformers_modules" in module
+
+
+@pytest.mark.parametrize("kind", ["vqrae", "simvq_gan"])
+def test_auto_classes_need_no_trust_where_our_code_is_imported(kind, tmp_path):
+    sizes = {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1, "image_size": 32}
+    model = VQRAEModel(tiny_config()) if kind == "vqrae" else SimVQGANModel(SimVQGANConfig(**sizes, codebook_size=64))
+    model.save_pretrained(tmp_path)
+    VQRAEImageProcessor.for_image_size(32).save_pretrained(tmp_path)
+    assert type(AutoConfig.from_pretrained(tmp_path)) is type(model.config)
+    assert type(AutoModel.from_pretrained(tmp_path)) is type(model)
+    assert type(AutoImageProcessor.from_pretrained(tmp_path)) is VQRAEImageProcessor

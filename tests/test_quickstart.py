@@ -23,7 +23,7 @@ from training.data import split_files
 
 
 CODE = ("configuration_simvq.py", "decoding_simvq.py", "fitting_simvq.py", "image_processing_simvq.py")
-CODE += ("modeling_simvq.py", "quantization_simvq.py")
+CODE += ("modeling_simvq.py", "quantization_simvq.py", "tokenizer_simvq.py")
 CHECKPOINT = ROOT / "checkpoints" / "vqrae-dinov2-small"
 
 

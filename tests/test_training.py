@@ -326,6 +326,7 @@ def test_script_trains_saves_and_resumes(tmp_path, image_folder):
         "model.safetensors",
         "modeling_simvq.py",
         "quantization_simvq.py",
+        "tokenizer_simvq.py",
         "configuration_simvq.py",
         "image_processing_simvq.py",
         "preprocessor_config.json",

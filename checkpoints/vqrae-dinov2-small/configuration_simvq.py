@@ -378,5 +378,7 @@ class VQRAEConfig(ImageTokenizerConfig):
 
 
 VQRAEConfig.register_for_auto_class()
+if not __package__:  # installed, or in a clone, and not beside a checkpoint: the Auto classes need no trust for it
+    AutoConfig.register(VQRAEConfig.model_type, VQRAEConfig, exist_ok=True)
 
 __all__ = ["VQRAEConfig"]

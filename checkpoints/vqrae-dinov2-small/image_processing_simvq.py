@@ -1,6 +1,7 @@
 """Images to the pixels that VQRAE takes, and back."""
 
 import torch
+from transformers import AutoImageProcessor
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_transforms import to_pil_image
 
@@ -16,6 +17,14 @@ from transformers.image_utils import (
     infer_channel_dimension_format,
     to_numpy_array,
 )
+
+
+try:
+    from .configuration_simvq import VQRAEConfig
+except ImportError:
+    if __package__:  # a real error inside the configuration must not be masked
+        raise
+    from configuration_simvq import VQRAEConfig
 
 
 # Not all that Pillow knows: for some it starts other programs (Ghostscript for EPS), and others are no pictures that
@@ -241,5 +250,8 @@ class VQRAEImageProcessor(TorchvisionBackend):
 
 
 VQRAEImageProcessor.register_for_auto_class("AutoImageProcessor")
+if not __package__:
+    processors = {"torchvision": VQRAEImageProcessor}
+    AutoImageProcessor.register(VQRAEConfig, image_processor_classes=processors, exist_ok=True)
 
 __all__ = ["VQRAEImageProcessor"]

@@ -23,13 +23,11 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 # test class and test, as a regular expression: why it cannot pass
 NOT_APPLICABLE = {
-    r".*::test_model_get_set_embeddings": "an image has no embedding table; get_input_embeddings is a convolution",
     r"Convolutional::test_hidden_states_output": "a convolutional decoder has maps, not (tokens, width)",
     r"FrozenSiglip::test_training_gradient_checkpointing.*": "these make all parameters trainable behind the model's "
     "back, and expect of a frozen encoder, which stays in eval mode, that it then recomputes its activations",
     r".*::test_eager_matches_sdpa_inference_\d+_bf16.*": "the two round features differently in bf16, so that a latent "
     "between two codes gets the one or the other, and the decoder paints another patch",
-    r"Processor::test_image_processor_save_load_with_autoimageprocessor": "it does not trust remote code",
 }
 # what the common tests import, the source distribution does not hold, and tests of these classes do not use
 STUBS = {

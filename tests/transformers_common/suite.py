@@ -3,6 +3,8 @@ tests/models/vqrae/test_vqrae.py; it imports them relatively and cannot run else
 
 import unittest
 
+from torch import nn
+
 from configuration_simvq import VQRAEConfig
 from configuration_simvq_gan import SimVQGANConfig
 from image_processing_simvq import VQRAEImageProcessor
@@ -56,6 +58,15 @@ class CommonTests(common.ModelTesterMixin):
 
     def setUp(self):
         self.model_tester = TinyTokenizer(type(self).make_config)
+
+    def test_model_get_set_embeddings(self):
+        """As the tests of vision models of transformers have it: patches are embedded by another module than words."""
+        for model_class in self.all_model_classes:
+            model, other = model_class(self.model_tester.get_config()), nn.Linear(10, 10)
+            self.assertIsInstance(model.get_input_embeddings(), nn.Module)
+            model.set_input_embeddings(other)
+            self.assertIs(model.get_input_embeddings(), other)
+            self.assertIsNone(model.get_output_embeddings())
 
 
 class FrozenSiglip(CommonTests, unittest.TestCase):
