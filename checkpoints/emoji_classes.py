@@ -55,7 +55,9 @@ def arrange(images: Path, groups: dict[tuple[str, ...], str], output: Path) -> N
     for part in ("train", "heldout"):
         files = sorted((images / part / "emoji").glob("*.webp"))
         if not files:
-            raise ValueError(f"There are no emoji in {images / part / 'emoji'}: make them by checkpoints.training_images.")
+            raise ValueError(
+                f"There are no emoji in {images / part / 'emoji'}: make them by checkpoints.training_images."
+            )
         counts = Counter()
         for file in files:
             group = groups.get(code_points(file.stem, "-"))

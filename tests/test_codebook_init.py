@@ -260,3 +260,17 @@ def test_script_of_the_benchmark(tmp_path, image_folder, monkeypatch, capsys):
     assert results["stage1/8/SimVQ, k-means"]["history"][-1]["all_crops"]["codebook_tokens"] == 24 * 4
     collapse.main()
     assert "Run" not in capsys.readouterr().out
+
+
+def test_training_random_codes_on_a_frozen_encoder_warns_at_the_first_step(monkeypatch, pixels):
+    said = []
+    monkeypatch.setattr("tokenizer_simvq.logger.warning_once", said.append)
+    VQRAEModel(tiny_config()).eval()(pixels)  # not training
+    for fields in ({"freeze_encoder": False}, {"codebook_dim": 8}):  # latents can come to the codes
+        VQRAEModel(tiny_config(**fields)).train()(pixels)
+    fitted = VQRAEModel(tiny_config(codebook_size=8)).train()
+    fitted.initialize_codebook([pixels])
+    fitted(pixels)
+    assert not said
+    VQRAEModel(tiny_config()).train()(pixels)
+    assert len(said) == 1 and "frozen" in said[0] and "initialize_codebook" in said[0]

@@ -236,6 +236,15 @@ class ImageTokenizer(PreTrainedModel):
         """Whether `initialize_codebook` fits more than codes, and so needs whole images."""
         return False
 
+    def _warn_of_collapse(self) -> None:
+        """Codes that were drawn at random and latents that do not move never meet, see docs/collapse.md."""
+        moves = self._encoder_learns() or any(parameter.requires_grad for parameter in self.project_in.parameters())
+        if not moves and self.config.codebook_init_latents is None:
+            logger.warning_once(
+                "The codes are trained on an encoder that is frozen, and were never fitted to its latents: nearly all "
+                "of them will stay unused. Call initialize_codebook(batches) first; train_hf.py does so by default."
+            )
+
     def _grid(self, pixel_values: torch.Tensor) -> tuple[int, int]:
         """Checks pixels; the grid (h, w) of their tokens."""
         if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
@@ -451,6 +460,8 @@ class ImageTokenizer(PreTrainedModel):
             ValueError: as `encode` and `decode`; or tokens of another grid than that of the pixels.
         """
         if image_tokens is None:
+            if self.training and not torch.compiler.is_compiling():
+                self._warn_of_collapse()
             encoded = self.encode(pixel_values)
         else:
             grid = len(pixel_values), *self._grid(pixel_values)
