@@ -39,7 +39,7 @@ def anchors(document: Path) -> set[str]:
 def test_what_a_document_names_is_there(document):
     """Files, modules that are run, tests, and links with their anchors."""
     text = document.read_text()
-    rooms = "checkpoints|configs|docs|eval|examples|benchmarks|convert|reading|training"
+    rooms = "checkpoints|configs|docs|eval|examples|benchmarks|convert|generation|reading|training"
     named = set(re.findall(rf"(?<![\w/])(?:{rooms})/[\w/.-]*\.(?:json|md|py|png|jpg|txt|yaml)", text))
     named |= set(re.findall(r"(?<![\w/])tests/\w+\.py", text))
     named |= {f"{module.replace('.', '/')}.py" for module in re.findall(rf"-m ((?:{rooms})(?:\.\w+)+)", text)}
@@ -82,3 +82,9 @@ def test_readme_snippets(block, tmp_path, monkeypatch):
     image = Image.open(find_images(ROOT / "examples" / "images")[0]).convert("RGB")
     image.save(tmp_path / "examples" / "images" / "astronaut.jpg")
     run(blocks("README.md")[block], tmp_path, PYTHONPATH=str(ROOT), HF_HOME=str(tmp_path / "home"))
+
+
+def test_the_readme_is_short_and_every_page_is_on_the_map():
+    assert len((ROOT / "README.md").read_text().split()) <= 1200
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"}
+    assert pages == set(re.findall(r"^\| \[.*?\]\((.*?)\)", (ROOT / "docs" / "index.md").read_text(), flags=re.M))
