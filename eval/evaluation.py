@@ -37,6 +37,24 @@ class Networks:
     reference_statistics: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
 
+def few_images(name: str, images: str, count: int, width: int) -> list[str]:
+    """The warning that a Frechet distance is of too few images, if it is.
+
+    Args:
+        name: of the distance.
+        images: what it is of, in words.
+        count: of the images on the smaller side.
+        width: number of features.
+    """
+    if count >= STABLE_FRECHET:
+        return []
+    rank = f", fewer than its {width} features, so that covariances have no full rank" * (count <= width)
+    return [
+        f"{name} is of {images}{rank}: it is biased upwards and noisy. Compare it with values of as many images only, "
+        f"and publish it on {STABLE_FRECHET:,} or more (50,000 is usual)."
+    ]
+
+
 class Evaluation:
     """Metrics of reconstructions under a protocol.
 
@@ -257,13 +275,7 @@ class Evaluation:
             real = self.moments[f"{name}.real"].compute() if real is None else real
             real = tuple(x.to(fake.sum.device) for x in real)
             metrics[name] = frechet_distance(*fake.compute(), *real)
-            count, width = len(self.index), len(fake.sum)
-            if count < STABLE_FRECHET:
-                rank = f", fewer than its {width} features, so that covariances have no full rank" * (count <= width)
-                warnings.append(
-                    f"{name} is of {count} images{rank}: it is biased upwards and noisy. Compare it with values of as "
-                    f"many images only, and publish it on {STABLE_FRECHET:,} or more (50,000 is usual)."
-                )
+            warnings += few_images(name, f"{len(self.index)} images", len(self.index), len(fake.sum))
         if self.patch_size:
             metrics["blocking"] = blocking = blocking_of(*self.steps)
             if not math.isfinite(blocking):

@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from accelerate.utils import gather_object
 from torch import nn
 from torchvision.transforms.functional import normalize
-from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers import AutoConfig, AutoModel
 
 from eval.evaluation import Networks
 from eval.lpips.lpips import load_lpips
 from eval.protocol import Protocol
 from eval.rfid.rfid import InceptionV3, load_inception_weights, load_statistics
-from modeling_simvq import PIXEL_STATISTICS
+from modeling_simvq import read_pixel_statistics
 from reading.models import loading
 
 
@@ -40,17 +40,14 @@ class VisionFeatures(nn.Module):
         config = AutoConfig.from_pretrained(name_or_path)
         config = getattr(config, "vision_config", config)
         self.network = AutoModel.from_pretrained(name_or_path, config=config, dtype=torch.float32)
-        try:
-            processor = AutoImageProcessor.from_pretrained(name_or_path)
-            self.statistics = processor.image_mean, processor.image_std
-            self.size = (processor.crop_size or processor.size).height or config.image_size
-        except OSError as error:  # no preprocessor_config.json
-            if config.model_type not in PIXEL_STATISTICS:
-                raise ValueError(
-                    f"{name_or_path} has no preprocessor_config.json, and the pixel statistics of "
-                    f"'{config.model_type}' are not known here: save its image processor beside it."
-                ) from error
-            self.statistics, self.size = PIXEL_STATISTICS[config.model_type], 224
+        statistics, size = read_pixel_statistics(name_or_path, config.model_type)
+        if not statistics:
+            raise ValueError(
+                f"{name_or_path} has no preprocessor_config.json, and the pixel statistics of "
+                f"'{config.model_type}' are not known here: save its image processor beside it."
+            )
+        # 224 px as in dgm-eval: DINOv2's configuration has 518, the size of its positions
+        self.statistics, self.size = (statistics["image_mean"], statistics["image_std"]), size or 224
         self.register_buffer("seen_as", torch.tensor([*self.statistics, [self.size] * 3]))  # for the hash of the whole
         self.requires_grad_(False).eval()
 

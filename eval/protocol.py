@@ -14,6 +14,7 @@ from image_processing_simvq import to_rgb
 
 
 FOLDER = Path(__file__).parent / "protocols"
+GENERATION_FOLDER = FOLDER / "generation"
 _CHOICES = {
     "resize": ("bicubic", "bilinear", "adm"),
     "transparency": ("white", "dropped"),
@@ -93,13 +94,7 @@ class Protocol:
         Raises:
             ValueError: neither; or fields that are missing or unknown.
         """
-        path = Path(name_or_path) if name_or_path.endswith(".json") else FOLDER / f"{name_or_path}.json"
-        if not path.is_file():
-            raise ValueError(f"No protocol '{name_or_path}': pass one of {', '.join(names())}, or a .json file.")
-        try:
-            return cls(**read_fields(path))
-        except TypeError as error:
-            raise ValueError(f"{path}: {error}") from None
+        return _load(cls, name_or_path, FOLDER)
 
     def crop(self, image: Image.Image, size: int | None) -> np.ndarray:
         """A PIL image of any mode as (size, size, 3), uint8; of its own size where `size` is `None`."""
@@ -123,9 +118,63 @@ class Protocol:
         return tuple(((x + 1) / 2 * 255).to(torch.uint8) for x in pair)
 
 
-def names() -> list[str]:
+@dataclass(frozen=True)
+class GenerationProtocol:
+    """How generated images are judged; one JSON file of `eval/protocols/generation` each.
+
+    Args:
+        name: of the protocol.
+        source: what it was read from.
+        remarks: what to know of it.
+        images: the protocol of reconstruction by which samples and real images are cropped alike, and that says what
+            Inception sees.
+        num_samples: how many there must be; `None`: any number.
+        balanced_classes: as many samples of each class, to within one.
+        seeds: "one each": no two samples have the same; `None`: it does not matter.
+        guidance_scale: by which they are drawn; "any": it must be known; `None`: it does not matter.
+        inception_neighbours: k of precision, recall, density and coverage on Inception's features.
+        neighbours: the same on other features.
+        inception_score_splits: parts of the samples, over whose scores the Inception score is the mean.
+    """
+
+    name: str
+    source: str
+    remarks: list[str]
+    images: str
+    num_samples: int | None
+    balanced_classes: bool
+    seeds: str | None
+    guidance_scale: float | str | None
+    inception_neighbours: int
+    neighbours: int
+    inception_score_splits: int
+
+    def __post_init__(self):
+        for name in ("inception_neighbours", "neighbours", "inception_score_splits"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"Protocol {self.name}: {name} is {getattr(self, name)!r}, not a number from 1 on.")
+        if self.seeds not in ("one each", None):
+            raise ValueError(f"Protocol {self.name}: seeds is '{self.seeds}', neither 'one each' nor null.")
+
+    @classmethod
+    def load(cls, name_or_path: str) -> "GenerationProtocol":
+        """As `Protocol.load`."""
+        return _load(cls, name_or_path, GENERATION_FOLDER)
+
+
+def _load(kind: type, name_or_path: str, folder: Path):
+    path = Path(name_or_path) if name_or_path.endswith(".json") else folder / f"{name_or_path}.json"
+    if not path.is_file():
+        raise ValueError(f"No protocol '{name_or_path}': pass one of {', '.join(names(folder))}, or a .json file.")
+    try:
+        return kind(**read_fields(path))
+    except TypeError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def names(folder: Path = FOLDER) -> list[str]:
     """Of the protocols there are."""
-    return sorted(file.stem for file in FOLDER.glob("*.json"))
+    return sorted(file.stem for file in folder.glob("*.json"))
 
 
 def _resized_by_adm(image: Image.Image, size: int) -> Image.Image:

@@ -37,6 +37,7 @@ from eval.crops import CroppedImages
 from eval.evaluation import Evaluation
 from eval.files import write_whole
 from eval.flat_colours import measure_flat_colours
+from eval.image_features import ImageFeatures
 from eval.metrics import to_uint8
 from eval.networks import load_networks, load_object, source_hash, weights_hash
 from eval.options import present_device, whole_number
@@ -111,6 +112,30 @@ class ModelReconstruction:
         return reconstructions, output.image_tokens, scores
 
 
+def start(device: torch.device | None) -> tuple[PartialState, torch.device]:
+    """The processes of an evaluation, and the device of this one: `device`, or the best there is. It computes in
+    float32, and nothing is drawn but by a foreign tokenizer, from seed 0."""
+    on_cpu = device is not None and device.type == "cpu"
+    state = PartialState(cpu=on_cpu or not torch.cuda.is_available())
+    set_seed(0)
+    # float32 is not TF32, to which NVIDIA's convolutions round their inputs unless told not to
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    return state, device or state.device
+
+
+def progress_key(files: list[Path], *settings) -> str:
+    """SHA-256 of what the numbers depend on: files by name, size and date, and settings that JSON can hold."""
+    listed = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(json.dumps([settings, listed], sort_keys=True).encode()).hexdigest()
+
+
+def remove_progress(output: Path) -> None:
+    """Removes what an evaluation has saved for its resumption, also after a kill or by another number of processes."""
+    for file in output.glob("*progress-*-of-*.pt*"):
+        file.unlink(missing_ok=True)
+
+
 def read_progress(file: Path) -> dict | None:
     """What an interrupted `evaluate` left, if there is something that can be read."""
     if not file.exists():
@@ -123,7 +148,7 @@ def read_progress(file: Path) -> dict | None:
 
 
 def evaluate(
-    evaluation: Evaluation,
+    evaluation: Evaluation | ImageFeatures,
     images: CroppedImages,
     reconstruct,
     batch_size: int,
@@ -132,12 +157,13 @@ def evaluate(
     progress_file: Path,
     key: str,
     save_seconds: float = 120,
+    description: str = "Evaluating",
 ) -> None:
     """Passes all images through, each by one process, and joins the processes; what was done before an interruption is
     not done again. The progress stays in its file, for the caller to remove when the results are written.
 
     Args:
-        evaluation: takes the batches.
+        evaluation: takes the batches: an [`Evaluation`], or [`ImageFeatures`].
         images: of the data; with `reconstruction` where `reconstruct` is `None`.
         reconstruct: from (B, 3, H, W) pixels in [0, 1] to reconstructions, tokens or `None`, and scores by name.
         batch_size: in images.
@@ -146,6 +172,7 @@ def evaluate(
         progress_file: of this process.
         key: of everything the numbers depend on; progress under another key is not used.
         save_seconds: between two savings.
+        description: beside the bar.
     """
     state = PartialState()
     batches = [list(range(i, min(i + batch_size, len(images)))) for i in range(0, len(images), batch_size)]
@@ -170,7 +197,7 @@ def evaluate(
     bar = tqdm(
         total=total,
         initial=sum(len(batches[i]) for i in own[:done]),
-        desc="Evaluating",
+        desc=description,
         unit="image",
         disable=not state.is_main_process,
     )
@@ -286,13 +313,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    on_cpu = args.device is not None and args.device.type == "cpu"
-    state = PartialState(cpu=on_cpu or not torch.cuda.is_available())
-    device = args.device or state.device
-    set_seed(0)  # nothing is drawn; a foreign tokenizer may
-    # float32 is not TF32, to which NVIDIA's convolutions round their inputs unless told not to
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    state, device = start(args.device)
     protocol = Protocol.load(args.protocol)
     if args.update_model_card:
         check_model_card(args.model_name_or_path, args.revision)
@@ -359,9 +380,7 @@ def main() -> None:
     settings |= {"reference_statistics": args.reference_statistics, "batch_size": batch_size}
     settings |= {"num_processes": state.num_processes, "device": str(device), "versions": library_versions()}
     settings |= {"code_sha256": code_hash()}
-    listed = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    everything = [settings, args.features, args.max_samples, data._fingerprint if not files else None, listed]
-    key = hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
+    key = progress_key(files, settings, args.features, args.max_samples, None if files else data._fingerprint)
     images = CroppedImages(data, protocol, size, fakes)
     evaluation = Evaluation(protocol, networks, codebook_size, patch_size)
     workers = args.num_workers if args.num_workers is not None else 8 * (device.type == "cuda")
@@ -402,8 +421,7 @@ def main() -> None:
     state.wait_for_everyone()
     progress_file.unlink(missing_ok=True)
     if state.is_main_process:
-        for file in output.glob("*progress-*-of-*.pt*"):  # those of a kill, or of another number of processes
-            file.unlink(missing_ok=True)
+        remove_progress(output)
     state.destroy_process_group()
 
 

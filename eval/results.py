@@ -30,11 +30,14 @@ TITLES = {
     "codebook_perplexity": "Codebook perplexity",
     "codebook_entropy": "Codebook entropy, bits",
     "codebook_tokens": "Tokens",
+    "gfid": "gFID",
+    "inception_score": "Inception score",
+    "inception_score_deviation": "Inception score, deviation over its parts",
 }
 PICTURES = 8  # in each row
 ROOT = Path(__file__).resolve().parents[1]
 # results.json comes last: where it is, the others are there, and of the same evaluation
-FILES = ("code_counts.npy", "pictures.png", "report.html", "results.md", "results.json")
+FILES = ("code_counts.npy", "pictures.png", "neighbours.png", "report.html", "results.md", "results.json")
 
 
 def library_versions() -> dict[str, str]:
@@ -57,8 +60,11 @@ def remove_results(output: Path) -> None:
 
 
 def title(metric: str) -> str:
-    """For people: "fd_dinov2-large" becomes "FD-dinov2-large"."""
-    return f"FD-{metric[3:]}" if metric.startswith("fd_") else TITLES.get(metric, metric)
+    """For people: "fd_dinov2-large" becomes "FD-dinov2-large", "recall_dinov2-large" "Recall (dinov2-large)"."""
+    kind, _, features = metric.partition("_")
+    if kind in ("precision", "recall", "density", "coverage"):
+        return f"{kind.capitalize()} ({features})"
+    return f"FD-{features}" if kind == "fd" else TITLES.get(metric, metric)
 
 
 def markdown(result: dict) -> str:

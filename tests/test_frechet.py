@@ -118,3 +118,19 @@ def test_the_hash_of_features_is_of_weights_and_of_what_they_see(tmp_path):
         ViTImageProcessor(**{"size": {"height": 32, "width": 32}, **change}).save_pretrained(tmp_path)
         hashes.append(weights_hash(VisionFeatures(str(tmp_path))))
     assert hashes[0] == hashes[1] and len(set(hashes)) == 4
+
+
+def test_features_without_an_image_processor_are_seen_as_their_family_was_trained(tmp_path):
+    for model_type in ("dinov2", "vit"):
+        torch.manual_seed(0)
+        AutoModel.from_config(AutoConfig.for_model(**encoder_config(model_type))).save_pretrained(tmp_path / model_type)
+    mean, deviation = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    assert torch.equal(VisionFeatures(str(tmp_path / "dinov2")).seen_as, torch.tensor([mean, deviation, [224] * 3]))
+    assert VisionFeatures(str(tmp_path / "vit")).seen_as[:2].unique().tolist() == [0.5]
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "vit")
+    assert VisionFeatures(str(tmp_path / "vit")).seen_as[2].tolist() == [16] * 3
+    AutoModel.from_config(AutoConfig.for_model("convnext", hidden_sizes=[4] * 4, depths=[1] * 4)).save_pretrained(
+        tmp_path / "convnext"
+    )
+    with pytest.raises(ValueError, match="statistics of 'convnext' are not known here: save its image processor"):
+        VisionFeatures(str(tmp_path / "convnext"))

@@ -76,7 +76,7 @@ def load_inception_weights(path: str | Path | None = None) -> dict[str, torch.Te
 
 
 class InceptionV3(nn.Module):
-    """The Inception of FID up to its 2,048 pooled features, from torch-fidelity's blocks.
+    """The Inception of FID up to its 2,048 pooled features, from torch-fidelity's blocks; `logits` goes on from there.
 
     Args:
         weights: of `load_inception_weights`.
@@ -123,6 +123,7 @@ class InceptionV3(nn.Module):
             self.load_state_dict(own)
         except RuntimeError as error:
             raise ValueError(f"These are not the weights of FID's Inception (torch-fidelity's file): {error}") from None
+        self.register_buffer("classifier", weights.get("fc.weight"), persistent=False)  # of no part in features
         self.preprocessing = preprocessing
         self.dtype = dtype
         self.to(dtype).requires_grad_(False).eval()
@@ -137,6 +138,10 @@ class InceptionV3(nn.Module):
         for layer in self.children():
             x = layer(x)
         return x.mean((2, 3))
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        """(B, 2048) features to (B, 1008) logits without the classifier's biases, of which the Inception score is."""
+        return features @ self.classifier.T
 
 
 class Moments:
