@@ -84,7 +84,7 @@ def dataset_card(name: str, provenance: Provenance, columns: list[str]) -> Datas
         task_categories=["unconditional-image-generation"],
         size_categories=[next((size for most, size in SIZES if provenance.num_rows < most), "n>1B")],
         configs=[{"config_name": "default", "data_files": [{"split": split, "path": f"{split}-*.parquet"}]}],
-        source_datasets=[source] if source == provenance.source and not os.path.isabs(source) else None,
+        source_datasets=None if os.path.exists(provenance.source) else [source],
     )
     more = {"label": "class of the image", "text": "caption of the image"}
     wide = "uint16" if provenance.codebook_size <= 2**16 else "uint32"

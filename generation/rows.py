@@ -213,12 +213,11 @@ class Collected:
                 self.unreadable.append([image["key"], image["reason"]])
                 continue
             size = image["size"]
-            waiting = self._waiting.setdefault(size, [])
             for (crop, flipped), pixels in zip(self.views.places, next(stacks[size])):
                 row = {name: image[name] for name in ("key", "label", "text")} | {"crop": crop, "flipped": flipped}
                 self._rows.append(row)
-                waiting.append((row, pixels))
-                if len(waiting) >= self._batch_size(size):
+                self._waiting.setdefault(size, []).append((row, pixels))
+                if len(self._waiting[size]) >= self._batch_size(size):
                     self._tokenize(size)
             if sum(len(rows) * h * w for (h, w), rows in self._waiting.items()) > MOST_BATCHES * self.most_pixels:
                 self._tokenize(max(self._waiting, key=lambda size: len(self._waiting[size]) * size[0] * size[1]))

@@ -27,13 +27,13 @@ import datasets
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
 from tqdm import tqdm
 
 from eval.commands import ends_in_one_line
 from eval.files import write_whole
 from eval.options import present_device, whole_number
-from generation.card import PICTURE, draw_rows, shown, spread_rows, write_card
+from generation.card import PICTURE, dataset_card, draw_rows, shown, spread_rows, write_card
 from generation.provenance import PROVENANCE, Provenance, library_versions
 from generation.rows import TokenRows, prepare
 from generation.shards import Plan, loader, shard_info, shard_path, split_name, write_shard
@@ -257,7 +257,9 @@ def finish(folder: Path, provenance: Provenance, num_images: int | None, rows: T
     return done
 
 
-def push(folder: Path, repository: str, private: bool, branch: str | None, token: str | None) -> str:
+def push(
+    folder: Path, columns: list[str], repository: str, private: bool, branch: str | None, token: str | None
+) -> str:
     """Pushes a finished dataset, its provenance last and without paths of this machine; gives its address."""
     hub = HfApi(token=token)
     url = hub.create_repo(repository, repo_type="dataset", private=private or None, exist_ok=True)
@@ -265,13 +267,16 @@ def push(folder: Path, repository: str, private: bool, branch: str | None, token
         hub.create_branch(url.repo_id, branch=branch, repo_type="dataset", exist_ok=True)
     where = {"repo_id": url.repo_id, "repo_type": "dataset", "revision": branch}
     mine = [RUN, PROVENANCE, "unfinished-*"]
+    mine = [RUN, PROVENANCE, "README.md", "unfinished-*"]
     hub.upload_folder(**where, folder_path=folder, ignore_patterns=mine, commit_message="Image tokens")
     there = Provenance.load(folder)
     public = replace(there, source=shown(there.source), model_name_or_path=shown(there.model_name_or_path))
-    content = json.dumps(asdict(public), indent=2).encode()
-    hub.upload_file(
-        **where, path_or_fileobj=content, path_in_repo=PROVENANCE, commit_message="How the tokens were made"
-    )
+    last = {
+        "README.md": str(dataset_card(url.repo_id, there, columns)),
+        PROVENANCE: json.dumps(asdict(public), indent=2) + "\n",
+    }
+    operations = [CommitOperationAdd(name, text.encode()) for name, text in last.items()]
+    hub.create_commit(**where, operations=operations, commit_message="How the tokens were made")
     return str(url)
 
 
@@ -343,7 +348,8 @@ def main() -> None:
     unread = f", {done.num_unreadable:,} of them could not be read ({UNREADABLE})" if done.num_unreadable else ""
     print(f"{done.num_rows:,} rows of {done.num_images:,} images{unread}: {folder}")
     if args.push_to_hub:
-        print(f"Pushed to {push(folder, args.push_to_hub, args.private, args.revision, args.token)}")
+        where = args.push_to_hub, args.private, args.revision, args.token
+        print(f"Pushed to {push(folder, list(rows.features), *where)}")
 
 
 if __name__ == "__main__":
