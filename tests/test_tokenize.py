@@ -375,9 +375,9 @@ def test_two_processes_write_what_one_writes(work):
 
 
 def test_a_killed_run_goes_on_where_it_was(work):
-    for number in range(400):
+    for number in range(150):
         os.link("images/dogs/13.png", f"images/dogs/x{number:03d}.png")
-    size = "--shard_size", "1", "--num_workers", "1"
+    size = "--shard_size", "1", "--num_workers", "0"
     process, end = start(*size), time.monotonic() + 120
     while len(list((work / "tokens").glob("train-*.parquet"))) < 3 and time.monotonic() < end:
         assert process.poll() is None, process.stdout.read()
@@ -385,7 +385,7 @@ def test_a_killed_run_goes_on_where_it_was(work):
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
     killed = files()
-    assert 3 <= len(shards(killed)) < 414 and "README.md" not in killed
+    assert 3 <= len(shards(killed)) < 164 and "README.md" not in killed
     assert tokenize(*size) == tokenize(*size, output="whole/tokens")
 
 
