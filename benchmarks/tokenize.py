@@ -39,9 +39,9 @@ from eval.commands import ends_in_one_line
 from eval.files import write_whole
 from eval.options import present_device, whole_number
 from generation.provenance import Provenance, library_versions
-from generation.rows import TokenRows, prepare
 from generation.shards import Plan, shard_path
 from generation.tokenize_images import write_shards
+from generation.tokenizing import TokenRows, prepare
 from reading.images import decode_image
 from reading.sources import dataset_of_files, find_images
 

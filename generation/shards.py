@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from torch.utils.data import DataLoader, Dataset
 
 from eval.files import write_whole
-from generation.rows import Prepared, Views, prepare
+from generation.tokenizing import Prepared, Views, prepare
 
 
 INFO = b"simvq_tokens"  # of the metadata of a shard

@@ -35,9 +35,9 @@ from eval.files import write_whole
 from eval.options import present_device, whole_number
 from generation.card import PICTURE, dataset_card, draw_rows, shown, spread_rows, write_card
 from generation.provenance import PROVENANCE, Provenance, library_versions
-from generation.rows import TokenRows, prepare
 from generation.shards import Plan, loader, shard_info, shard_path, split_name, write_shard
 from generation.source import open_images, source_hash
+from generation.tokenizing import TokenRows, prepare
 from reading.models import load_any
 
 

@@ -23,8 +23,8 @@ from eval.commands import ends_in_one_line
 from eval.options import present_device, whole_number
 from generation.card import PICTURE, draw_rows, spread_rows
 from generation.provenance import Provenance, check_tokenizer
-from generation.rows import token_dtype
 from generation.shards import shard_info, shard_path
+from generation.tokenizing import token_dtype
 from reading.models import load_any
 
 
