@@ -53,6 +53,11 @@ def make_trainer(model, folder, output_dir, optimizers=(None, None), **overrides
     )
 
 
+def test_a_run_on_a_few_images_logs_by_default(tmp_path):
+    """50 images in batches of 8 for 3 epochs are 21 steps; the default of transformers, 500, would show nothing."""
+    assert VQRAETrainingArguments(str(tmp_path), use_cpu=True).logging_steps <= 10
+
+
 def test_after_a_reload_training_moves_projection_and_decoder_but_neither_encoder_nor_codebook(tmp_path, image_folder):
     """Saved, loaded through AutoModel in a fresh process, two steps with Trainer."""
     VQRAEModel(tiny_config()).save_pretrained(tmp_path / "start")

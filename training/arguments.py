@@ -129,6 +129,10 @@ class VQRAETrainingArguments(TrainingArguments):
             "help": "Steps with a loss or gradient that is not finite are skipped; so many in a row end the run."
         },
     )
+    logging_steps: float = field(
+        default=10,
+        metadata={"help": "Steps between lines of the log, or a share of all steps where it is below 1 (default: 10)."},
+    )
     num_pictures: int = field(default=16, metadata={"help": "Held-out images in the picture of each evaluation."})
 
     def __post_init__(self):
