@@ -274,17 +274,24 @@ def memorised(
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_argument_group("which images (a folder, or a .txt file with the path of an image in each line)")
+    what = parser.add_argument_group("which images")
     what.add_argument("--samples", type=Path, required=True, help="The folder of the generated images.")
     what.add_argument(
-        "--real", type=Path, help="Real images to compare with; with --train_data, such as were not trained on."
+        "--real",
+        type=Path,
+        help="Real images to compare with: a folder, or a .txt file with the path of an image in each line. With "
+        "--train_data, such as were not trained on.",
     )
     what.add_argument(
         "--reference_statistics",
         help="An .npz file with mu and sigma of Inception's features, for gFID against it, as ADM has them "
         "(or made by eval/reference_statistics.py).",
     )
-    what.add_argument("--train_data", type=Path, help="What the generator was trained on: shows what it has memorised.")
+    what.add_argument(
+        "--train_data",
+        type=Path,
+        help="The images that the generator was trained on, a folder or a .txt file: shows what it has memorised.",
+    )
     how = parser.add_argument_group("how")
     how.add_argument(
         "--protocol",

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 
-ELEMENTS = 2**26  # of a matrix of distances at a time, in float64
+ELEMENTS = 2**26  # of a matrix at a time, in float64
 
 
 def manifold_metrics(fake: torch.Tensor, real: torch.Tensor, neighbours: int) -> dict[str, float]:
@@ -78,7 +78,7 @@ def nearest(points: torch.Tensor, among: torch.Tensor, count: int) -> tuple[torc
 
 def _distances(points: torch.Tensor, among: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
     """Rows of the matrix of L2 distances, some at a time, and which they are."""
-    rows = max(1, ELEMENTS // len(among))
+    rows = max(1, ELEMENTS // max(len(among), 4 * among.shape[1]))  # `nearest` looks at some features of each
     for start in range(0, len(points), rows):
         part = slice(start, min(start + rows, len(points)))
         yield part, torch.cdist(points[part], among)

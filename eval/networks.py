@@ -139,6 +139,11 @@ def load_networks(
         hashes[name] = weights_hash(network.to(device))
     if reference_statistics and "rfid" in networks.frechet:
         networks.reference_statistics["rfid"] = statistics = load_statistics(reference_statistics)
+        if len(statistics[0]) != (width := networks.frechet["rfid"].num_features):
+            raise ValueError(
+                f"{reference_statistics} is of {len(statistics[0])} features, and Inception has {width}: pass the "
+                "statistics of FID's Inception."
+            )
         digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in statistics))
         hashes["reference_statistics"] = digest.hexdigest()
     for feature in features:

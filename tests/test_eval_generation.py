@@ -92,9 +92,10 @@ def test_neighbours_and_radii_are_scikit_learn_s(elements, monkeypatch):
 
 
 def test_the_distance_of_a_copy_is_zero():
-    among = 1000 + points(35, 2)  # where a matrix product of float32 would round to some tenths
-    distances, numbers = nearest(among[[7, 3]], among, 40)
-    assert distances[:, 0].tolist() == [0, 0] and numbers[:, 0].tolist() == [7, 3] and numbers.shape == (2, 35)
+    among = 1000 + points(35, 2, 64)  # far away, where a matrix product rounds distances to what is no 0
+    distances, numbers = nearest(among.flip(0), among, 40)
+    assert not distances[:, 0].any() and numbers[:, 0].tolist() == list(range(34, -1, -1))
+    assert numbers.shape == (35, 35)
 
 
 def test_distances_and_scores_are_the_formulas():
@@ -365,6 +366,14 @@ def test_inception_is_compared_with_reference_statistics(judged, folder, incepti
     assert result["metrics"]["inception_score"] > 1 and "gFID" in output and "adm.npz" in output
     assert result["metrics"]["precision_inception"] is None and result["num_real_images"] is None
     assert "12 samples and the reference statistics" in result["warnings"][0]
+
+
+def test_statistics_of_another_network_are_refused_before_anything_is_measured(judged, folder, inception, capsys):
+    np.savez(folder / "other.npz", mu=np.zeros(3), sigma=np.eye(3))
+    with pytest.raises(SystemExit):
+        judged(*SAMPLES, "--reference_statistics", "other.npz")
+    assert "other.npz is of 3 features, and Inception has 12" in capsys.readouterr().err
+    assert not (folder / "out").exists()
 
 
 def test_without_inception_s_weights_the_rest_is_computed(judged, folder, monkeypatch):
