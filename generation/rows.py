@@ -26,7 +26,10 @@ def load_rows(folder: str | Path) -> tuple[datasets.Dataset, Provenance]:
     rows = datasets.Dataset.from_parquet(files)
     if missing := {"key", "image_tokens", "height", "width"} - {*rows.column_names}:
         raise ValueError(f"{folder} is no dataset of tokens: it has no column {', '.join(sorted(missing))}.")
-    return rows, Provenance.load(folder)
+    provenance = Provenance.load(folder)
+    if not provenance.finished:
+        raise ValueError(f"{folder} is not finished: give the command that makes it again, it goes on where it was.")
+    return rows, provenance
 
 
 def grid_of(rows: datasets.Dataset, whose: str | Path) -> tuple[int, int]:
@@ -87,12 +90,11 @@ class ImageSequences(torch.utils.data.Dataset):
         condition_dropout: float = 0.0,
         seed: int = 0,
     ) -> None:
-        self.rows = rows.with_format("numpy", columns=["image_tokens"], output_all_columns=True)
+        self.rows = rows.with_format("arrow")
         self.keys, self.vocabulary, self.encode_text = keys, vocabulary, encode_text
         self.condition_dropout, self.seed = condition_dropout, seed
         self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that run already see it
-        column = rows.data.column("key").combine_chunks().dictionary_encode()
-        column = column.combine_chunks() if hasattr(column, "combine_chunks") else column
+        column = rows.select_columns("key").with_format("arrow")[:]["key"].combine_chunks().dictionary_encode()
         codes = column.indices.to_numpy()
         order = np.argsort(codes, kind="stable")
         ends = np.cumsum(np.bincount(codes))
@@ -112,11 +114,13 @@ class ImageSequences(torch.utils.data.Dataset):
         return int(rows[_hash("row", self.seed, self.epoch.item(), self.keys[index]) % len(rows)])
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
-        row, condition = self.rows[self.row_number(index)], None
+        row, condition = self.rows[self.row_number(index)], None  # a table, which is much faster than a dict of it
         draw = _hash("dropout", self.seed, self.epoch.item(), self.keys[index]) / 2**64
         if self.vocabulary.condition != "none" and draw >= self.condition_dropout:
-            condition = row["label"] if self.vocabulary.condition == "class" else self.encode_text(row["text"])
-        ids = self.vocabulary.to_sequence(row["image_tokens"].astype(np.int64), condition)
+            column = "label" if self.vocabulary.condition == "class" else "text"
+            condition = row[column][0].as_py()
+            condition = condition if column == "label" else self.encode_text(condition)
+        ids = self.vocabulary.to_sequence(_tokens_of(row)[0], condition)
         return {"input_ids": ids, "prompt": len(ids) - self.vocabulary.num_tokens}
 
 
@@ -184,7 +188,13 @@ def frequency_models(
 
 
 def _tokens(sequences: ImageSequences, rows) -> np.ndarray:
-    return np.stack(sequences.rows[rows]["image_tokens"]).astype(np.int64)
+    return _tokens_of(sequences.rows[rows])
+
+
+def _tokens_of(table) -> np.ndarray:
+    """(rows, tokens) of an Arrow table."""
+    flat = table["image_tokens"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return flat.astype(np.int64).reshape(len(table), -1)
 
 
 def _pairs(tokens: np.ndarray, codes: int) -> np.ndarray:

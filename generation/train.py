@@ -223,7 +223,7 @@ def picture_conditions(held_out: ImageSequences, count: int) -> list:
         classes = vocabulary.num_conditions
         return [i * classes // count if classes > count else i % classes for i in range(count)]
     if vocabulary.condition == "text":
-        texts = [held_out.rows[held_out.row_number(i % len(held_out))]["text"] for i in range(count)]
+        texts = [held_out.rows[held_out.row_number(i % len(held_out))]["text"][0].as_py() for i in range(count)]
         return [held_out.encode_text(text) for text in texts]
     return [None] * count
 

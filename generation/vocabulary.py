@@ -157,11 +157,15 @@ class Vocabulary:
         tokens = self._checked(tokens).view(self.height, self.width)
         if self.begin is not None and prompt[-1:] == [self.begin]:
             prompt = prompt[:-1]
-        inside = [id - self.codebook_size for id in prompt]
         condition = None
         if prompt != [self.null]:
-            condition = inside if self.condition == "text" else (inside or [None])[0]
-        if ids[: -self.num_tokens] != self.prompt(condition):
+            inside = [number - self.codebook_size for number in prompt]
+            condition = inside if self.condition == "text" or len(inside) != 1 else inside[0]
+        try:
+            again = self.prompt(condition)
+        except (TypeError, ValueError):
+            again = None
+        if ids[: -self.num_tokens] != again:
             raise ValueError(f"{ids[: -self.num_tokens]} is no condition of this vocabulary.")
         return condition, tokens
 
