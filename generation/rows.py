@@ -188,7 +188,9 @@ def frequency_models(
 
 
 def _tokens(sequences: ImageSequences, rows) -> np.ndarray:
-    return _tokens_of(sequences.rows[rows])
+    tokens = _tokens_of(sequences.rows[rows])
+    sequences.vocabulary.check_codes(tokens)
+    return tokens
 
 
 def _tokens_of(table) -> np.ndarray:

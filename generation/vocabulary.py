@@ -192,12 +192,19 @@ class Vocabulary:
             raise ValueError(
                 f"An image must have {self.height} x {self.width} = {self.num_tokens} tokens, got {len(tokens)}."
             )
+        self.check_codes(tokens)
+        return tokens
+
+    def check_codes(self, tokens) -> None:
+        """
+        Raises:
+            ValueError: an array or a tensor has numbers that are no codes.
+        """
         if not 0 <= tokens.min() <= tokens.max() < self.codebook_size:
             raise ValueError(
                 f"Tokens must be in [0, {self.codebook_size}), got {tokens.min()} to {tokens.max()}: are they of "
                 "another tokenizer?"
             )
-        return tokens
 
     # Files -----------------------------------------------------------------------------------------------------------
 
