@@ -52,16 +52,17 @@ class SeededCodes(LogitsProcessor):
         codes = scores[:, : self.codebook_size].float()
         if self.guidance_scale != 1:
             conditional, null = codes.chunk(2)
-            codes = null + self.guidance_scale * (conditional - null)
+            codes = torch.lerp(null, conditional, self.guidance_scale)
         if self.temperature:
-            codes = codes / self.temperature
+            if self.temperature != 1:
+                codes = codes / self.temperature
             for warper in self.warpers:
                 codes = warper(input_ids, codes)
-            codes = codes - self._exponential().to(codes.device).log()
-        if self.guidance_scale != 1:
-            codes = torch.cat([codes, codes])
-        nothing = codes.new_full((len(codes), scores.shape[1] - self.codebook_size), -torch.inf)
-        return torch.cat([codes, nothing], 1)
+            codes = codes - self._exponential().to(codes.device).log_()
+        drawn = torch.full_like(scores, -torch.inf, dtype=torch.float32)
+        for half in drawn.chunk(2) if self.guidance_scale != 1 else (drawn,):
+            half[:, : self.codebook_size] = codes
+        return drawn
 
     def _exponential(self) -> torch.Tensor:
         """(images, codebook_size); minus the logarithm of it is Gumbel noise."""

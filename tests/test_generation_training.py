@@ -83,29 +83,10 @@ run_training(pytest.MonkeyPatch(), *sys.argv[1:])
 def test_two_processes_train_what_one_does(folder, tmp_path, monkeypatch):
     """The same images in the same order, half a batch each: the weights differ by rounding. (Held out are 6, which
     fill the batches: Trainer would fill them up with some twice.)"""
-    options = ["--model_config", TINY, "--max_steps", "3", "--report_to", "none", "--save_strategy", "no"]
-    options += [
-        "--train_data",
-        folder,
-        "--use_cpu",
-        "--num_pictures",
-        "0",
-        "--optim",
-        "sgd",
-        "--learning_rate",
-        "0.1",
-        "--holdout",
-        "0.1",
-    ]
-    launched = [
-        "-m",
-        "generation.train",
-        *options,
-        "--per_device_train_batch_size",
-        "4",
-        "--output_dir",
-        tmp_path / "two",
-    ]
+    options = f"--train_data {folder} --max_steps 3 --report_to none --save_strategy no --use_cpu --num_pictures 0"
+    options = [*options.split(), *"--optim sgd --learning_rate 0.1 --holdout 0.1".split(), "--model_config", TINY]
+    launched = ["-m", "generation.train", *options, "--output_dir", tmp_path / "two"]
+    launched += "--per_device_train_batch_size 4 --per_device_eval_batch_size 3".split()
     done = finish([*TWO_PROCESSES, *launched], tmp_path, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     run_training(monkeypatch, *options, "--per_device_eval_batch_size", "6", "--output_dir", tmp_path / "one")
