@@ -5,11 +5,16 @@ import sys
 
 import pytest
 import torch
+from conftest import tiny_config
 from generators import CLASSES, make_tokenizer, pictures, run_training, write_tokens
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from generation import sample
+from generation.provenance import tokenizer_hash
+from generation.sampling import load_painter
+from generation.vocabulary import Vocabulary
+from modeling_simvq import VQRAEModel
 
 
 def run_sampling(monkeypatch, *arguments) -> None:
@@ -54,3 +59,93 @@ def test_new_images_are_of_their_classes(learned, tmp_path, monkeypatch):
     metrics = json.loads((learned / "generator" / "eval_results.json").read_text())
     assert metrics["eval_loss"] < metrics["eval_loss_bigram"] < metrics["eval_loss_unigram"]
     assert len((tmp_path / "grid.png").read_bytes()) > 0
+
+
+def bytes_of(folder) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.glob("0*.png")}
+
+
+def test_an_image_is_the_same_in_any_batch_any_order_and_any_run(learned, tmp_path, monkeypatch):
+    model = ["--model_name_or_path", learned / "generator", "--guidance_scale", 1.5]
+    run_sampling(monkeypatch, *model, "--num_images", 8, "--batch_size", 3, "--output_dir", tmp_path / "a")
+    run_sampling(monkeypatch, *model, "--num_images", 8, "--batch_size", 8, "--output_dir", tmp_path / "b")
+    assert bytes_of(tmp_path / "a") == bytes_of(tmp_path / "b") and len(bytes_of(tmp_path / "a")) == 8
+    run_sampling(  # image 6 alone: seed 6, class 6 % 4
+        monkeypatch, *model, "--num_images", 1, "--seed", 6, "--classes", "flat", "--output_dir", tmp_path / "c"
+    )
+    assert bytes_of(tmp_path / "c")["000000.png"] == bytes_of(tmp_path / "a")["000006.png"]
+    run_sampling(monkeypatch, *model, "--num_images", 1, "--seed", 6, "--classes", 2, "--output_dir", tmp_path / "c")
+
+
+def test_a_run_that_was_interrupted_goes_on_and_another_one_is_refused(learned, tmp_path, monkeypatch, capsys):
+    model = ["--model_name_or_path", learned / "generator", "--output_dir", tmp_path]
+    run_sampling(monkeypatch, *model, "--num_images", 4)
+    whole = bytes_of(tmp_path)
+    (tmp_path / "000001.png").unlink()
+    (tmp_path / "000002.png").write_bytes(b"not made again")
+    monkeypatch.setattr(sample, "save_rows", lambda *args: None)
+    monkeypatch.setattr(sample.Image, "open", lambda file: Image.new("RGB", (8, 8)))
+    run_sampling(monkeypatch, *model, "--num_images", 5)
+    again = bytes_of(tmp_path)
+    assert again["000001.png"] == whole["000001.png"] and again["000002.png"] == b"not made again" and len(again) == 5
+    assert len(json.loads((tmp_path / "samples.json").read_text())["images"]) == 5
+    for option, value in (("--temperature", 0.5), ("--seed", 1), ("--classes", "dots")):
+        with pytest.raises(SystemExit):
+            run_sampling(monkeypatch, *model, option, value)
+        assert "has images of other settings" in capsys.readouterr().err
+    (tmp_path / "samples.json").unlink()
+    with pytest.raises(SystemExit):
+        run_sampling(monkeypatch, *model)
+    assert "has images and no samples.json" in capsys.readouterr().err
+
+
+def test_completions_begin_with_the_rows_of_the_image(learned, tmp_path, monkeypatch):
+    """And with the right class, the rest is of the same kind."""
+    images, _ = pictures()
+    tokenizer = load_painter(Vocabulary.load(learned / "generator"))
+    with torch.inference_mode():
+        tokens = tokenizer.get_image_tokens(images[1:2])
+    picture = Image.fromarray((images[1] * 255).round().byte().permute(1, 2, 0).numpy())
+    picture.save(tmp_path / "dots.png")
+    run_sampling(
+        monkeypatch, "--model_name_or_path", learned / "generator", "--num_images", 2, "--complete",
+        tmp_path / "dots.png", "--keep_rows", 3, "--classes", "dots", "--output_dir", tmp_path / "out",
+        "--temperature", 0.5,
+    )  # fmt: skip
+    assert json.loads((tmp_path / "out" / "samples.json").read_text())["settings"]["first_tokens"] == (
+        tokens[0, :3].flatten().tolist()
+    )
+    for number in range(2):
+        made = read(tmp_path / "out" / f"{number:06d}.png")
+        assert (made - images[1]).square().mean() < 0.02
+
+
+def test_mistakes_of_sampling_are_named_in_one_line(learned, tmp_path, monkeypatch, capsys):
+    torch.manual_seed(1)
+    other = VQRAEModel(tiny_config(codebook_size=16))
+    other.save_pretrained(tmp_path / "other")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    Image.new("RGB", (40, 40)).save(tmp_path / "image.png")
+    for arguments, message in (
+        (["--classes", "zebra"], "There is no class 'zebra', the generator knows stripes (0), dots (1)"),
+        (["--classes", "4"], "There is no class '4'"),
+        (["--texts", "a zebra"], "reads no texts (its condition is 'class')"),
+        (["--classes", "dots", "--texts", "dots"], "not both"),
+        (["--guidance_scale", "-1"], "guidance_scale must not be negative"),
+        (["--top_p", "2"], "top_p must be in (0, 1]"),
+        (["--keep_rows", "2"], "--keep_rows has no effect"),
+        (["--complete", tmp_path / "image.png", "--keep_rows", "4"], "keep_rows must be from 1 to 3"),
+        (["--complete", tmp_path / "broken.png"], "broken.png"),
+        (["--complete", tmp_path / "nowhere.png"], "nowhere.png"),
+        (["--tokenizer", tmp_path / "other"], tokenizer_hash(other)),
+        (["--tokenizer", tmp_path / "nowhere"], "nowhere"),
+        (["--model_name_or_path", tmp_path / "other"], "is no generator of generation/train.py"),
+        (["--num_images", "0"], "must be at least 1"),
+        (["--device", "nowhere"], "is not here"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            given = ["--model_name_or_path", learned / "generator", "--output_dir", tmp_path / "out", *arguments]
+            run_sampling(monkeypatch, *given)
+        said = capsys.readouterr().err.strip().splitlines()
+        assert end.value.code in (1, 2) and "sample.py: error: " in said[-1] and message in said[-1], (arguments, said)
+    assert not (tmp_path / "out").exists()
