@@ -19,6 +19,7 @@ import torch
 from conftest import tiny_config
 from huggingface_hub import DatasetCard
 from PIL import Image
+from test_docs import blocks
 from test_loading import ROOT
 from torchvision.transforms.v2 import functional
 
@@ -254,26 +255,45 @@ def test_the_callable_works_in_map_as_it_is(work):
         rows({"image": []})
 
 
-def test_the_callable_works_on_two_workers_of_ray(work):
-    ray_data = pytest.importorskip("ray.data")
-    import ray
-
+def documented(work) -> list[str]:
+    """The code of the document, and what it stands on: a tokenizer, images, and their tokens."""
+    (work / "checkpoints").mkdir()
+    (work / "checkpoints" / "vqrae-dinov2-small").symlink_to(work / "model")
+    (work / "my_images").symlink_to(work / "images")
     tokenize()
-    ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
+    return blocks("docs/tokenizing.md")
+
+
+def test_the_code_of_the_document_runs(work):
+    names = {}
+    for code in documented(work)[:3]:
+        exec(code, names)
+    assert names["pixels"].shape == (1, 3, 32, 32)
+    kept = "image_tokens", "crop", "flipped", "height", "width", "label"
+    found, expected = ([{name: row[name] for name in kept} for row in rows] for rows in (names["mapped"], rows_of()))
+    assert found == expected
+
+
+def test_the_callable_works_on_two_workers_of_ray(work, monkeypatch):
+    """The document's own job, on three files."""
+    ray = pytest.importorskip("ray")
+    code = documented(work)[3]
+    images = datasets.load_dataset("imagefolder", data_dir="images", split="train", cache_dir="cache")
+    (work / "image_parquet").mkdir()
+    for part in range(3):
+        images.shard(3, part).to_parquet(f"image_parquet/{part}.parquet")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    ray.init(num_cpus=2, include_dashboard=False)
+    names = {}
     try:
-        images = tokenize_images.open_images(tokenize_images.parser.parse_args(
-            ["--model_name_or_path", "model", "--data", "images", "--output_dir", "x"]))  # fmt: skip
-        arguments = {"model_name_or_path": str(work / "model"), "batch_size": 4, "label": images.features["label"]}
-        rows = (
-            ray_data.from_huggingface(images)
-            .repartition(3)
-            .map_batches(
-                TokenRows, fn_constructor_kwargs=arguments, batch_size=5, batch_format="pyarrow", concurrency=2
-            )
-        )
-        assert sorted(rows.take_all(), key=lambda row: row["key"]) == rows_of()
+        exec(code.replace('"checkpoints', f'"{work}/checkpoints'), names)
+        assert names["workers"] == 2
+        found = datasets.Dataset.from_parquet([str(path) for path in (work / "ray_tokens").iterdir()]).to_list()
     finally:
         ray.shutdown()
+    assert sorted((row["image_tokens"], row["label"]) for row in found) == sorted(
+        (row["image_tokens"], row["label"]) for row in rows_of()
+    )
 
 
 # Nothing lost, nothing twice ----------------------------------------------------------------------------------------
