@@ -78,10 +78,11 @@ class Provenance:
         flip: every crop also mirrored (ten crops are, always).
         resample: the filter with which images are resized, a number of Pillow's.
         dtype: of the encoder, "float32" or "bfloat16".
-        share_changed_by_dtype: of the first batch's tokens, those that differ from fp32's.
+        share_changed_by_dtype: of the first batch's tokens, those that differ from fp32's; `None` where it had
+            no readable image.
         batch_size, shard_size: rows at a time in the encoder; images in a shard.
         source, split: what was read, as it was named.
-        source_hash: see `source_hash` in generation/tokenize_images.py.
+        source_hash: see `source_hash` in generation/source.py.
         max_samples: images that were read at most.
         label_names: of the classes, in the order of their numbers. `None`: there are no names.
         versions: of libraries.
@@ -100,7 +101,7 @@ class Provenance:
     flip: bool
     resample: int
     dtype: str
-    share_changed_by_dtype: float
+    share_changed_by_dtype: float | None
     batch_size: int
     shard_size: int
     source: str
@@ -119,8 +120,8 @@ class Provenance:
         return self.num_rows is not None
 
     @property
-    def views(self) -> int:
-        """Rows of an image."""
+    def rows_of_image(self) -> int:
+        """How many rows an image has: ten for ten crops, two where a single one is mirrored."""
         return self.crops * (2 if self.flip else 1)
 
     @classmethod

@@ -209,7 +209,7 @@ class LocalHub:
                 kind = "application/octet-stream"
                 self.answer(200, content, X_Repo_Commit=found[0], ETag=tag, Content_Type=kind)
 
-        model = r"/api/models/([^/]+/[^/]+)"
+        model = r"/api/(?:models|datasets)/([^/]+/[^/]+)"
         ROUTES = [
             (r"/api/whoami-v2", Handler.whoami),
             (r"/api/repos/create", Handler.create),
@@ -221,8 +221,8 @@ class LocalHub:
             (rf"{model}/tree/([^/]+).*", Handler.tree),
             (rf"{model}/revision/([^/]+)", Handler.info),
             (model, Handler.info),
-            (r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", Handler.batch),
+            (r"(?:/datasets)?/([^/]+/[^/]+)\.git/info/lfs/objects/batch", Handler.batch),
             (r"/lfs/(\w+)", Handler.put),
-            (r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", Handler.resolve),
+            (r"(?:/datasets)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", Handler.resolve),
         ]
         return Handler

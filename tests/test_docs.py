@@ -39,7 +39,7 @@ def anchors(document: Path) -> set[str]:
 def test_what_a_document_names_is_there(document):
     """Files, modules that are run, tests, and links with their anchors."""
     text = document.read_text()
-    rooms = "checkpoints|configs|docs|eval|examples|benchmarks|convert|reading|training"
+    rooms = "checkpoints|configs|docs|eval|examples|benchmarks|convert|generation|reading|training"
     named = set(re.findall(rf"(?<![\w/])(?:{rooms})/[\w/.-]*\.(?:json|md|py|png|jpg|txt|yaml)", text))
     named |= set(re.findall(r"(?<![\w/])tests/\w+\.py", text))
     named |= {f"{module.replace('.', '/')}.py" for module in re.findall(rf"-m ((?:{rooms})(?:\.\w+)+)", text)}

@@ -1,6 +1,8 @@
 """Options of train_hf.py: those that would have no effect are refused, and what was given is remembered."""
 
+import importlib
 import json
+import re
 import shlex
 import sys
 
@@ -135,6 +137,22 @@ def test_documented_commands_have_no_option_without_effect(command):
     arguments = shlex.split(command)
     off = ["--bf16", "false", "--use_cpu", "--report_to", "none"]
     check(*arguments, *off, frozen="stage2" not in command and "--stage 2" not in command)
+
+
+def documented_modules():
+    """Commands that are modules with a parser of their own."""
+    for document in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))):
+        text = "\n".join(blocks(document.relative_to(ROOT), "bash")).replace("\\\n", " ")
+        for module, arguments in re.findall(r"-m ((?:generation|benchmarks)\.\w+) (.*)", text):
+            if "..." not in arguments and "$" not in arguments:
+                yield pytest.param(module, arguments, id=f"{document.name}: {module} {arguments.strip()[-30:]}")
+
+
+@pytest.mark.parametrize("module, arguments", list(documented_modules()))
+def test_documented_options_of_modules_are_there(module, arguments):
+    parser = getattr(importlib.import_module(module), "parser", None)
+    if parser is not None:  # others make theirs when they are called
+        parser.parse_args(shlex.split(arguments))
 
 
 def test_what_was_given_is_remembered_whatever_its_form():

@@ -1,0 +1,47 @@
+"""The source of a dataset of tokens: its images, and whether it is still the same."""
+
+import argparse
+import hashlib
+import os
+
+import datasets
+import pyarrow.compute as pc
+
+from eval.commands import ends_in_one_line
+from reading.images import BELOW, image_name
+from reading.sources import load_images
+
+
+def open_images(args: argparse.Namespace) -> datasets.Dataset | datasets.IterableDataset:
+    """The source: columns `image` (encoded) and, where it has them, `key`, `label` and `text`."""
+    with ends_in_one_line(ValueError):  # such as a split that it does not have
+        dataset = load_images(
+            args.data, args.split, args.dataset_config_name, args.image_column, args.streaming, token=args.token
+        )
+    if os.path.isdir(args.data):
+        classes = [record["path"].rpartition(BELOW)[2].split("/") for record in dataset["image"]]
+        if all(len(parts) > 1 for parts in classes):
+            names = sorted({parts[0] for parts in classes})
+            numbers = {name: number for number, name in enumerate(names)}
+            labels = [numbers[parts[0]] for parts in classes]
+            dataset = dataset.add_column("label", labels, feature=datasets.ClassLabel(names=names))
+    return dataset
+
+
+def source_hash(dataset: datasets.Dataset | datasets.IterableDataset) -> str:
+    """SHA-256 that tells whether a source is still the same: of the names of all images, in order, the sizes of their
+    files or bytes, their labels and captions. Of a stream, which would have to be read for that, of the first image."""
+    digest = hashlib.sha256()
+    if isinstance(dataset, datasets.IterableDataset):
+        for record in dataset.take(1):
+            digest.update(repr((image_name(record["image"]), record.get("label"), record.get("text"))).encode())
+        return digest.hexdigest()
+    for table in dataset.with_format("arrow").iter(1000):
+        images, columns = table["image"].combine_chunks(), [name for name in table.column_names if name != "image"]
+        paths, sizes = images.field("path").to_pylist(), pc.binary_length(images.field("bytes")).to_pylist()
+        for path, size in zip(paths, sizes):
+            if size is None and path and os.path.isfile(path):
+                size = os.path.getsize(path)
+            digest.update(repr(((path or "").rpartition(BELOW)[2], size)).encode())
+        digest.update(repr(table.select(columns).to_pydict()).encode())
+    return digest.hexdigest()
