@@ -27,6 +27,18 @@ from generation.sampling import SeededCodes, generate_tokens, load_generator
 from generation.vocabulary import Vocabulary
 
 
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--model_name_or_path", help="A generator (default: random weights, of the size below).")
+parser.add_argument("--side", type=whole_number(2), default=10, help="Of the random model's grid (default: 10).")
+parser.add_argument("--codes", type=whole_number(2), default=16384, help="Of the random model (default: 16384).")
+parser.add_argument("--width", type=whole_number(64), default=512, help="Of the random model (default: 512).")
+parser.add_argument("--layers", type=whole_number(), default=6, help="Of the random model (default: 6).")
+parser.add_argument("--batch_size", type=whole_number(), default=16, help="Images (default: 16).")
+parser.add_argument("--guidance_scale", type=float, default=1.5, help="1: none (default: 1.5).")
+parser.add_argument("--repeats", type=whole_number(), default=3, help="Timed turns after the first (default: 3).")
+parser.add_argument("--device", type=present_device, default="cpu", help="cpu (default) or cuda.")
+
+
 def random_generator(side: int, codes: int, width: int, layers: int) -> tuple[LlamaForCausalLM, Vocabulary]:
     """A model with random weights, of 10 classes."""
     torch.manual_seed(0)
@@ -143,16 +155,6 @@ def table(result: dict[str, float], images: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", help="A generator (default: random weights, of the size below).")
-    parser.add_argument("--side", type=whole_number(2), default=10, help="Of the random model's grid (default: 10).")
-    parser.add_argument("--codes", type=whole_number(2), default=16384, help="Of the random model (default: 16384).")
-    parser.add_argument("--width", type=whole_number(64), default=512, help="Of the random model (default: 512).")
-    parser.add_argument("--layers", type=whole_number(), default=6, help="Of the random model (default: 6).")
-    parser.add_argument("--batch_size", type=whole_number(), default=16, help="Images (default: 16).")
-    parser.add_argument("--guidance_scale", type=float, default=1.5, help="1: none (default: 1.5).")
-    parser.add_argument("--repeats", type=whole_number(), default=3, help="Timed turns after the first (default: 3).")
-    parser.add_argument("--device", type=present_device, default="cpu", help="cpu (default) or cuda.")
     args = parser.parse_args()
     if args.model_name_or_path:
         model, vocabulary = load_generator(args.model_name_or_path, args.device)

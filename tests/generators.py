@@ -12,7 +12,7 @@ from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import VQRAEModel
 
 
-CLASSES = ["stripes", "dots", "flat", "ramp"]
+CLASSES = ["dots", "flat", "ramp", "stripes"]
 TINY = '{"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}'
 
 
@@ -21,10 +21,10 @@ def pictures(count: int = 40) -> tuple[torch.Tensor, list[int]]:
     torch.manual_seed(0)
     x = torch.linspace(0, 1, 32).expand(32, 32)
     plain = [
-        ((x * 4).floor() % 2).expand(3, -1, -1),
         ((x * 4).floor() + (x.T * 4).floor()).remainder(2).expand(3, -1, -1) * torch.tensor([1, 0.2, 0]).view(3, 1, 1),
         torch.tensor([0.1, 0.3, 0.8]).view(3, 1, 1).expand(-1, 32, 32),
         torch.stack([x, x.T, 1 - x]),
+        ((x * 4).floor() % 2).expand(3, -1, -1),
     ]
     labels = [i % 4 for i in range(count)]
     return torch.stack([(plain[label] + 0.02 * torch.randn(3, 32, 32)).clamp(0, 1) for label in labels]), labels
