@@ -9,6 +9,8 @@ bare      the forward passes alone, one token at a time with a cache of keys and
 ours      generation.sampling.generate_tokens: generate, guidance, a draw by the seed of each image.
 LlamaGen  its loop in our words (autoregressive/models/generate.py): a cache as long as the image from the start, of
           which attention sees all and masks the rest, softmax, multinomial, probabilities kept.
+two       generate's own guidance (negative_prompt_ids), which runs conditions and null conditions one after the other,
+          with the draws of ours.
 no cache  the whole image so far in every step. Run once; draws with the noise of ours, and must give the same tokens.
 
 All on the same model. Loops take turns; printed are medians.
@@ -59,7 +61,7 @@ def random_generator(side: int, codes: int, width: int, layers: int) -> tuple[Ll
 
 
 class Loops:
-    """The four ways, each from conditions and seeds to tokens (images, height * width).
+    """The ways, each from conditions and seeds to tokens (images, height * width).
 
     Args:
         guidance_scale: 1: none, and no second half of the batch.
@@ -108,6 +110,20 @@ class Loops:
             ids = drawn[-1] if self.guidance_scale == 1 else torch.cat([drawn[-1]] * 2)
         return torch.cat(drawn, 1)
 
+    def two(self) -> torch.Tensor:
+        images = len(self.seeds)
+        prompt, null = self.prompt[:images], self.prompt[images:]
+        return self.model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            negative_prompt_ids=null,
+            negative_prompt_attention_mask=torch.ones_like(null),
+            guidance_scale=self.guidance_scale,
+            max_new_tokens=self.vocabulary.num_tokens,
+            do_sample=False,
+            logits_processor=[SeededCodes(self.vocabulary.codebook_size, self.seeds)],
+        )[:, prompt.shape[1] :]
+
     def no_cache(self) -> torch.Tensor:
         draw, ids = SeededCodes(self.vocabulary.codebook_size, self.seeds, self.guidance_scale), self.prompt
         for _ in range(self.vocabulary.num_tokens):
@@ -130,6 +146,8 @@ def compare(loops: Loops, repeats: int) -> dict[str, float]:
     """Medians of seconds by the name of the loop, and the share of tokens that ours has and the loop without a cache
     has not, as `different`."""
     device, taken = loops.model.device, {"bare": [], "ours": [], "llamagen": []}
+    if loops.guidance_scale != 1 and loops.vocabulary.condition == "class":  # prompts of one length
+        taken["two"] = []
     made = {}
     for turn in range(repeats + 1):  # the first one warms up, and compiles on a GPU
         for name, times in taken.items():
@@ -146,10 +164,12 @@ def table(result: dict[str, float], images: int) -> str:
         "bare": "forward passes alone",
         "ours": "ours (generate)",
         "llamagen": "LlamaGen's",
+        "two": "generate's guidance",
         "no_cache": "no cache",
     }
     for name, title in titles.items():
-        value = result[name]
+        if (value := result.get(name)) is None:
+            continue
         lines.append(f"| {title} | {value:.3f} | {images / value:.2f} | {value / result['bare']:.2f} |")
     return "\n".join(lines)
 

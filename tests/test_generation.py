@@ -1,6 +1,7 @@
 """From images to tokens to a generator to new images."""
 
 import json
+import shlex
 import sys
 
 import pytest
@@ -8,13 +9,18 @@ import torch
 from conftest import tiny_config
 from generators import CLASSES, make_tokenizer, pictures, run_training
 from PIL import Image
+from test_docs import blocks
+from test_generation_vocabulary import vocabulary
+from test_loading import ROOT
 from torchvision.transforms.functional import pil_to_tensor
 
-from generation import sample, tokenize_images
+from generation import sample, tokenize_images, train
 from generation.provenance import tokenizer_hash
 from generation.sampling import load_painter
+from generation.trainer import GeneratorTrainingArguments
 from generation.vocabulary import Vocabulary
 from modeling_simvq import VQRAEModel
+from training.options import parse, refuse_without_effect, rules_of_trainer
 
 
 def run_sampling(monkeypatch, *arguments) -> None:
@@ -155,3 +161,38 @@ def test_mistakes_of_sampling_are_named_in_one_line(learned, tmp_path, monkeypat
         said = capsys.readouterr().err.strip().splitlines()
         assert end.value.code in (1, 2) and "error: " in said[-1] and message in said[-1], (arguments, said)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_documents_code_runs(learned, tmp_path, monkeypatch):
+    """By this repository, and by transformers alone. (The third block is for vLLM, which is not here.)"""
+    (tmp_path / "runs").symlink_to(learned)
+    monkeypatch.chdir(tmp_path)
+    ours, theirs, _ = blocks("docs/generation.md")
+    scope = {}
+    exec(ours, scope)
+    assert [image.size for image in scope["images"]] == [(32, 32)] * 3
+    exec(theirs, scope)
+    assert scope["image"].shape == (1, 16) and scope["image"].max() < 16
+
+
+def documented():
+    for document in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))):
+        text = "\n".join(blocks(document.relative_to(ROOT), "bash")).replace("\\\n", " ")
+        for line in text.splitlines():
+            if "-m generation.train " in line and "..." not in line:
+                yield pytest.param(line.partition("generation.train")[2], id=f"{document.name}: {line[-30:]}")
+
+
+@pytest.mark.parametrize("command", list(documented()))
+def test_documented_trainings_have_no_option_without_effect(command, tmp_path, monkeypatch):
+    arguments = shlex.split(command) + ["--bf16", "false", "--use_cpu", "--report_to", "none"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / arguments[arguments.index("--train_data") + 1]).mkdir(parents=True)
+    kinds = train.GeneratorArguments, train.TokenArguments, GeneratorTrainingArguments
+    (model, data, training), given, by_flags = parse(kinds, arguments, "")
+    rules = [*rules_of_trainer(training), *train.rules(model, data, vocabulary())]
+    refuse_without_effect(given, by_flags, rules)
+    train.make_model(model, vocabulary()) if model.model_config else None
+    known = {name for options in (model, data, training) for name in vars(options)}
+    for rule in rules:
+        assert {*rule.names.split(), *rule.of.split()} <= known, rule
