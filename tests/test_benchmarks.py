@@ -8,7 +8,7 @@ import sys
 import pytest
 from test_loading import ROOT
 
-from benchmarks import evaluation
+from benchmarks import evaluation, generation
 from benchmarks.collapse import keep_apart
 from reading.sources import find_images
 
@@ -38,3 +38,16 @@ def test_the_evaluation_s_loop_and_the_references_give_the_same_numbers(image_fo
     """The benchmark checks it."""
     evaluation.without_networks(find_images(image_folder)[:3])
     assert "| ours |" in capsys.readouterr().out
+
+
+def test_the_loops_of_generation_draw_codes_and_ours_those_of_the_loop_without_a_cache():
+    """With and without guidance; how fast they are is for the benchmark to say."""
+    model, vocabulary = generation.random_generator(side=3, codes=32, width=64, layers=1)
+    for guidance_scale in (1.0, 1.5):
+        loops = generation.Loops(model, vocabulary, 3, guidance_scale)
+        result = generation.compare(loops, repeats=1)
+        assert result["different"] == 0 and min(result[name] for name in ("bare", "ours", "llamagen", "no_cache")) > 0
+        assert guidance_scale == 1 or (loops.two() == loops.ours()).all()
+        tokens = loops.llamagen()
+        assert tokens.shape == (3, 9) and 0 <= tokens.min() and tokens.max() < 32
+    assert "| ours (generate) |" in generation.table(result, 3)

@@ -195,12 +195,6 @@ def rules_of_training(args) -> list[Without]:
             "--discriminator_lr_scheduler_type constant has no warm-up, constant_with_warmup has",
             "discriminator_lr_scheduler_type",
         ),
-        Without(
-            "warmup_steps",
-            args.lr_scheduler_type == "constant",
-            "--lr_scheduler_type constant has no warm-up, constant_with_warmup has",
-            "lr_scheduler_type",
-        ),
         Without("lpips_network", not args.lpips_weight, "LPIPS is off (--lpips_weight)", "lpips_weight"),
         Without(
             "perceptual_weights perceptual_optional",
@@ -213,6 +207,20 @@ def rules_of_training(args) -> list[Without]:
             bool(args.token_passes),
             "with --token_passes the quantizer is not trained",
             "token_passes",
+        ),
+        *rules_of_trainer(args),
+        Without("label_names label_smoothing_factor", True, "images have no labels"),
+    ]
+
+
+def rules_of_trainer(args) -> list[Without]:
+    """Those of transformers' own options. Args: args: `TrainingArguments`."""
+    return [
+        Without(
+            "warmup_steps",
+            args.lr_scheduler_type == "constant",
+            "--lr_scheduler_type constant has no warm-up, constant_with_warmup has",
+            "lr_scheduler_type",
         ),
         Without("num_train_epochs", args.max_steps > 0, "--max_steps decides when training ends", "max_steps"),
         *(
@@ -233,5 +241,4 @@ def rules_of_training(args) -> list[Without]:
             "push_to_hub",
         ),
         Without("do_predict", True, "this script trains, and then evaluates"),
-        Without("label_names label_smoothing_factor", True, "images have no labels"),
     ]

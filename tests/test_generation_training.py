@@ -1,0 +1,204 @@
+"""Training of a generator: resumption, several processes, what is logged and saved, and mistakes of its user."""
+
+import json
+import signal
+
+import pytest
+import torch
+from generators import TINY, run_training, write_tokens
+from safetensors.torch import load_file
+from test_loading import ROOT, TWO_PROCESSES, finish
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from generation import train
+from generation.rows import ImageSequences, load_rows
+from generation.sampling import generate_tokens, load_generator
+from generation.vocabulary import Vocabulary
+
+
+TEXTS = ["a red dot", "a blue stripe", "a dot", "red red red red stripe"]
+# the last checkpoint is in the middle of an epoch, and the epoch has a small batch at its end
+STEPS = ["--max_steps", "7", "--save_strategy", "steps", "--save_steps", "2", "--logging_steps", "1", "--seed", "3"]
+STEPS += ["--gradient_accumulation_steps", "2", "--model_config", TINY.replace("}", ', "attention_dropout": 0.1}')]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """60 images with 3 crops each, 2 x 3 tokens, labels and texts, and a tokenizer that is not where they say."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 16, (60, 3, 2, 3), generator=generator).square() // 16
+    labels = [i % 4 for i in range(60)]
+    return write_tokens(
+        tmp_path_factory.mktemp("tokens") / "tokens", tokens, labels=labels, texts=[TEXTS[i] for i in labels]
+    )
+
+
+def weights(output) -> dict[str, torch.Tensor]:
+    """Averaged and raw ones."""
+    raw = {f"raw {name}": value for name, value in load_file(output / "raw_weights.safetensors").items()}
+    return load_file(output / "model.safetensors") | raw
+
+
+def assert_equal(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    assert not [name for name in a if not torch.equal(a[name], b[name])]
+
+
+def test_a_run_that_is_killed_and_resumed_ends_as_one_that_was_not(folder, tmp_path, monkeypatch, capsys):
+    """SIGKILL while the checkpoint of step 6 is written: crops, dropped conditions, attention's dropout, AdamW, the
+    schedule and the averages go on from step 4 to the bit."""
+    program = tmp_path / "program.py"
+    program.write_text(f"""
+import os, signal, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import pytest
+from transformers import Trainer
+from generators import run_training
+save = Trainer._save_optimizer_and_scheduler
+def killed(self, output_dir):
+    if self.state.global_step == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(self, output_dir)
+Trainer._save_optimizer_and_scheduler = killed
+run_training(pytest.MonkeyPatch(), *sys.argv[1:])
+""")
+    options = ["--train_data", folder, *STEPS]
+    killed = finish([program, *options, "--output_dir", tmp_path / "resumed"], tmp_path)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert {path.name for path in (tmp_path / "resumed").glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+    run_training(monkeypatch, *options, "--output_dir", tmp_path / "resumed")
+    assert "Resuming from" in capsys.readouterr().out
+    run_training(monkeypatch, *options, "--output_dir", tmp_path / "whole")
+    assert_equal(weights(tmp_path / "resumed"), weights(tmp_path / "whole"))
+    logs = [
+        json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"] for name in ("resumed", "whole")
+    ]
+    assert [log["loss"] for log in logs[0] if "loss" in log] == [log["loss"] for log in logs[1] if "loss" in log]
+    assert load_generator(str(tmp_path / "whole" / "checkpoint-4"))[1] == Vocabulary.load(tmp_path / "whole")
+    with pytest.raises(SystemExit):  # tokens of other meaning, or another condition
+        run_training(monkeypatch, *options, "--condition", "none", "--output_dir", tmp_path / "whole")
+    assert "checkpoints of a generator with another vocabulary" in capsys.readouterr().err
+
+
+def test_two_processes_train_what_one_does(folder, tmp_path, monkeypatch):
+    """The same images in the same order, half a batch each: the weights differ by rounding. (Held out are 6, which
+    fill the batches: Trainer would fill them up with some twice.)"""
+    options = f"--train_data {folder} --max_steps 3 --report_to none --save_strategy no --use_cpu --num_pictures 0"
+    options = [*options.split(), *"--optim sgd --learning_rate 0.1 --holdout 0.1".split(), "--model_config", TINY]
+    launched = ["-m", "generation.train", *options, "--output_dir", tmp_path / "two"]
+    launched += "--per_device_train_batch_size 4 --per_device_eval_batch_size 3".split()
+    done = finish([*TWO_PROCESSES, *launched], tmp_path, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    run_training(monkeypatch, *options, "--per_device_eval_batch_size", "6", "--output_dir", tmp_path / "one")
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert max((one[name] - two[name]).abs().max() for name in one) < 1e-5
+    metrics = [json.loads((tmp_path / name / "eval_results.json").read_text())["eval_loss"] for name in ("one", "two")]
+    assert metrics[0] == pytest.approx(metrics[1], abs=1e-5)
+
+
+def test_held_out_rows_have_the_loss_that_is_computed_by_hand(folder, tmp_path, monkeypatch):
+    run_training(
+        monkeypatch, "--train_data", folder, "--max_steps", 2, "--output_dir", tmp_path, "--logging_steps", 1,
+        "--per_device_eval_batch_size", 2, "--ema_decay", 0,
+    )  # fmt: skip
+    model, words = load_generator(str(tmp_path))
+    keys = (tmp_path / "heldout_keys.txt").read_text().split()
+    assert len(keys) == 3
+    held_out = ImageSequences(load_rows(folder)[0], keys, words)
+    nats = []
+    for i in range(3):
+        ids = torch.tensor([held_out[i]["input_ids"]])
+        assert ids[0, 0] == 16 + int(keys[i]) % 4  # no condition is dropped
+        with torch.no_grad():
+            logits = model(ids).logits.log_softmax(-1)
+        nats += [-logits[0, place, ids[0, place + 1]].item() for place in range(6)]
+    metrics = json.loads((tmp_path / "eval_results.json").read_text())
+    assert metrics["eval_loss"] == pytest.approx(sum(nats) / 18, abs=1e-5)
+    assert metrics["eval_perplexity"] == pytest.approx(torch.tensor(metrics["eval_loss"]).exp().item(), rel=1e-5)
+    frequencies = json.loads((tmp_path / "frequency_models.json").read_text())
+    assert metrics["eval_loss_unigram"] == frequencies["unigram"] and frequencies["counted_rows"] == 57 * 3
+
+
+def test_transformers_alone_loads_a_generator(folder, tmp_path, monkeypatch, capsys):
+    run_training(monkeypatch, "--train_data", folder, "--max_steps", 1, "--output_dir", tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(model).__module__ == "transformers.models.llama.modeling_llama"
+    assert model.config.eos_token_id is model.config.bos_token_id is None
+    assert model.generation_config.eos_token_id is None
+    assert model.config.vocab_size == 16 + 4 + 2
+    out = model.generate(torch.tensor([[17]]), max_new_tokens=6, do_sample=True, top_k=0)
+    assert out.shape == (1, 7)
+    assert not list(tmp_path.rglob("*.bin"))  # no pickles
+
+
+def text_tokenizer(folder):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate("? a red blue dot stripe".split())}, "?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(folder)
+    return folder
+
+
+def test_a_generator_learns_what_a_text_asks_for(tmp_path, monkeypatch, capsys):
+    """Texts of several lengths, in one batch; the text tokenizer is saved with the model."""
+    words = text_tokenizer(tmp_path / "words")
+    tokens = torch.tensor([[1] * 6, [2] * 6, [3] * 6, [4] * 6]).view(4, 1, 2, 3).repeat(10, 1, 1, 1)
+    write_tokens(tmp_path / "tokens", tokens, texts=TEXTS * 10)
+    run_training(
+        monkeypatch, "--train_data", tmp_path / "tokens", "--text_tokenizer", words, "--max_steps", 60,
+        "--learning_rate", 3e-3, "--output_dir", tmp_path / "generator",
+    )  # fmt: skip
+    model, vocabulary = load_generator(str(tmp_path / "generator"))
+    assert (vocabulary.condition, vocabulary.text_size, vocabulary.max_prompt) == ("text", 6, 65)
+    reads = PreTrainedTokenizerFast.from_pretrained(tmp_path / "generator")
+    conditions = [reads(text, add_special_tokens=False).input_ids for text in TEXTS]
+    made = generate_tokens(model, vocabulary, conditions, [0, 1, 2, 3], guidance_scale=2.0, temperature=0.5)
+    assert torch.equal(made.flatten(1), tokens[:4].flatten(1))
+
+
+def test_sizes_are_those_of_llamagen():
+    """Weights without embeddings, and with those of 16,384 codes and 1,000 classes, against what its paper says."""
+    for size, millions in (("B", 111), ("L", 343), ("XL", 775), ("XXL", 1411)):
+        args = train.GeneratorArguments(model_size=size)
+        words = Vocabulary(16384, 16, 16, "class", "0" * 64, "x", class_names=[str(i) for i in range(1000)])
+        with torch.device("meta"):
+            model = train.make_model(args, words)
+        unused = 1002 * model.config.hidden_size  # rows of the output layer that LlamaGen does not have
+        assert round((model.num_parameters() - unused) / 1e6) == pytest.approx(millions, abs=1)
+
+
+def test_mistakes_are_named_in_one_line(folder, tmp_path, monkeypatch, capsys):
+    other = write_tokens(tmp_path / "grid", torch.zeros(4, 1, 2, 2, dtype=torch.long), labels=[0, 1, 2, 3])
+    strange = write_tokens(tmp_path / "strange", torch.zeros(4, 1, 2, 3, dtype=torch.long), tokenizer_hash="1" * 64)
+    plain = write_tokens(tmp_path / "plain", torch.full((4, 1, 2, 3), 15), codebook_size=8)
+    unfinished = write_tokens(tmp_path / "unfinished", torch.zeros(4, 1, 2, 3, dtype=torch.long), num_rows=None)
+    (tmp_path / "images").mkdir()
+    for arguments, message in (
+        (["--train_data", tmp_path / "nowhere"], "train_data: there is no folder"),
+        (["--train_data", tmp_path / "images"], "python -m generation.tokenize_images"),
+        (["--train_data", unfinished], "is not finished"),
+        (["--train_data", plain, "--condition", "class"], "condition 'class': the tokens of"),
+        (["--train_data", folder, "--condition", "text"], "needs a --text_tokenizer"),
+        (["--train_data", folder, "--condition", "text", "--text_tokenizer", tmp_path / "nowhere"], "nowhere"),
+        (["--train_data", folder, "--condition", "colour"], "condition must be auto, class, text or none"),
+        (["--train_data", folder, "--model_size", "S"], "model_size must be one of B, L, XL, XXL"),
+        (["--train_data", folder, "--model_config", "{"], "model_config must be JSON"),
+        (["--train_data", folder, "--model_config", '{"colour": 1}'], "colour"),
+        (["--train_data", folder, "--model_config", '{"eos_token_id": 2}'], "eos_token_id, which the tokens decide"),
+        (["--train_data", folder, "--model_config", '{"hidden_size": 65}'], "hidden size (65)"),
+        (["--train_data", folder, "--condition_dropout", "1"], "condition_dropout must be in [0, 1)"),
+        (["--train_data", plain, "--condition_dropout", "0.2"], "--condition_dropout has no effect"),
+        (["--train_data", folder, "--max_text_tokens", "9"], "--max_text_tokens has no effect"),
+        (["--train_data", folder, "--eval_data", other, "--holdout", "0.1"], "--holdout has no effect"),
+        (["--train_data", folder, "--eval_data", other], "have 2 x 2 tokens, those of --train_data 2 x 3"),
+        (["--train_data", folder, "--eval_data", strange], "1" * 64),
+        (["--train_data", folder, "--push_to_hub", "--report_to", "none"], "--push_to_hub has no effect"),
+        (["--train_data", folder, "--tokenizer", tmp_path / "nowhere", "--num_pictures", "1"], "nowhere"),
+        (["--train_data", plain, "--max_steps", "1"], "Tokens must be in [0, 8), got 15 to 15"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            run_training(monkeypatch, *arguments, "--output_dir", tmp_path / "out")
+        said = capsys.readouterr().err.strip().splitlines()
+        assert end.value.code in (1, 2) and said[-1].startswith("train.py: error: "), (arguments, said)
+        assert message in said[-1], (arguments, said)
