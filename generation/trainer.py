@@ -35,6 +35,10 @@ class GeneratorTrainingArguments(TrainingArguments):
             "Early in training it is (1 + step) / (10 + step) at most."
         },
     )
+    logging_steps: float = field(
+        default=10,
+        metadata={"help": "Steps between lines of the log, or a share of all steps where it is below 1 (default: 10)."},
+    )
     num_pictures: int = field(default=16, metadata={"help": "New images in the picture of each evaluation; 0: none."})
     picture_guidance: float = field(default=1.0, metadata={"help": "Guidance of these; 1: none."})
 

@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from generation import train
 from generation.rows import ImageSequences, load_rows
 from generation.sampling import generate_tokens, load_generator
+from generation.trainer import GeneratorTrainingArguments
 from generation.vocabulary import Vocabulary
+from training.options import parse
 
 
 TEXTS = ["a red dot", "a blue stripe", "a dot", "red red red red stripe"]
@@ -202,3 +204,14 @@ def test_mistakes_are_named_in_one_line(folder, tmp_path, monkeypatch, capsys):
         said = capsys.readouterr().err.strip().splitlines()
         assert end.value.code in (1, 2) and said[-1].startswith("train.py: error: "), (arguments, said)
         assert message in said[-1], (arguments, said)
+
+
+def test_the_recipe_of_the_generator_in_the_box_parses_and_its_weights_fit_25_mb(folder, tmp_path):
+    kinds = train.GeneratorArguments, train.TokenArguments, GeneratorTrainingArguments
+    flags = [str(ROOT / "configs" / "emoji_llama.json"), "--train_data", str(folder), "--output_dir", str(tmp_path)]
+    (model_args, _, training_args), _, _ = parse(kinds, flags, "")
+    assert training_args.eval_steps and training_args.save_steps
+    vocabulary = Vocabulary(16384, 14, 14, "class", "hash", "tokenizer", class_names=[f"group {i}" for i in range(9)])
+    with torch.device("meta"):
+        model = train.make_model(model_args, vocabulary)
+    assert 2 * model.num_parameters() <= 25e6
