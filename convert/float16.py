@@ -31,7 +31,7 @@ from modeling_simvq import ImageTokenizer
 from quantization_simvq import SimVQ
 from reading.images import decode_image
 from reading.models import load_pretrained, load_processor
-from reading.sources import find_source, load_images
+from reading.sources import load_images
 
 
 COPIED = ("training_recipe.json", "training_report.html")
@@ -130,7 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.output_dir.exists():
         parser.error(f"--output_dir {args.output_dir} exists: remove it or choose another")
     if args.data:
-        find_source(args.data)  # that there are some, before anything is written
+        load_images(args.data)  # that there are some, before anything is written
     transformers.logging.set_verbosity_error()
     convert(args.model_name_or_path, args.output_dir)
     before, after = (

@@ -20,6 +20,7 @@ from reading.images import BELOW, EXTENSIONS
 
 NAME_OF_DATASET = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # on the hub: dataset, or owner/dataset
 ARCHIVES = {".tar": "webdataset", ".parquet": "parquet", ".zip": "zip"}  # kinds of files that hold many images
+NAMES = {"image": "images"} | {kind: suffix for suffix, kind in ARCHIVES.items()}
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")  # of the shell: {000..012}
 
 
@@ -55,12 +56,12 @@ class Source:
         """The split that is read where `wanted` is: where there is but one, that one; of files of images, none.
 
         Raises:
-            ValueError: there are several, and not this one.
+            ValueError: there are several, and not this one; or a part of one (`train[:100]`), which the hub alone has.
         """
         if self.kind == "hub" or wanted in self.splits:
             return wanted
-        if len(self.splits) > 1:
-            raise ValueError(f"{self.name} has no split '{wanted}', only {', '.join(self.splits)}.")
+        if len(self.splits) > 1 or "[" in wanted:
+            raise ValueError(f"{self.name} has no split '{wanted}', only {', '.join(self.splits) or 'one'}.")
         return next(iter(self.splits), None)
 
 
@@ -105,7 +106,7 @@ def _source_of_folder(name: str, folder: Path) -> Source:
         raise ValueError(f"{name} is a dataset of tokens (it has a provenance.json), where images are needed.")
     if len(+kinds) > 1:
         raise ValueError(
-            f"{name} holds files of several kinds, {' and '.join(f'{count} {kind}' for kind, count in kinds.items())}: "
+            f"{name} holds files of several kinds, {' and '.join(f'{n} {NAMES[kind]}' for kind, n in kinds.items())}: "
             f"keep one of them there, or name some of the files, such as '{folder / '*.parquet'}'."
         )
     kind = next(iter(+kinds), "image")

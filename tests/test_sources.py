@@ -209,6 +209,8 @@ def test_splits_are_told_from_names_of_files(tmp_path):
         assert numbers_of(load_images(tmp_path / name, "validation")) == [8, 9, 10, 11]
         with pytest.raises(ValueError, match="no split 'test', only train, validation"):
             load_images(tmp_path / name, "test")
+        with pytest.raises(ValueError, match=r"no split 'train\[:3\]'"):
+            load_images(tmp_path / name, "train[:3]")
         train, held_out = load_data(DataArguments(str(tmp_path / name)), *run_options(tmp_path))
         assert (len(train), len(held_out)) == (8, 4)
 
@@ -223,7 +225,7 @@ def test_a_zip_that_changed_is_unpacked_again(tmp_path):
 @pytest.mark.parametrize(
     "make_it, message",
     [
-        (lambda f: (write_tar(f / "a.tar", [1]), write_folder(f)), "several kinds, 1 webdataset and 12 image"),
+        (lambda f: (write_tar(f / "a.tar", [1]), write_folder(f)), "several kinds, 1 .tar and 12 images"),
         (lambda f: (f / "provenance.json").write_text("{}") and table([1]).to_parquet(f / "a.parquet"), "of tokens"),
         (lambda f: datasets.Dataset.from_dict({"image_tokens": [[1]]}).to_parquet(f / "a.parquet"), "of tokens"),
         (lambda f: datasets.Dataset.from_dict({"x": [1]}).to_parquet(f / "a.parquet"), "no column of images, only x"),
