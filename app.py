@@ -29,9 +29,9 @@ from eval.results import code_chart
 from eval.token_maps import check_code, code_colors, code_pixels, neighbours, replace_tokens, token_map
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import ImageTokenizer
+from reading.files import find_images
 from reading.images import decode_image
 from reading.models import load_pretrained, load_processor
-from reading.sources import find_images
 
 
 ROOT = Path(__file__).parent

@@ -15,7 +15,8 @@ tensorboard, --resume_from_checkpoint, --push_to_hub, ...; `accelerate launch tr
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 from accelerate import PartialState
@@ -27,8 +28,9 @@ from configuration_simvq import VQRAEConfig
 from eval.commands import ends_in_one_line
 from eval.files import write_whole
 from modeling_simvq import ImageTokenizer, VQRAEModel
+from reading.files import dataset_of_files
 from reading.models import check_fields, load_pretrained, load_processor
-from reading.sources import dataset_of_files, find_images, load_images
+from reading.sources import Source, find_source, load_images
 from training.arguments import VQRAETrainingArguments
 from training.card import Provenance, write_recipe
 from training.data import (
@@ -38,6 +40,7 @@ from training.data import (
     readable_images,
     sample_indices,
     split_files,
+    split_rows,
     with_pixels,
 )
 from training.hub import find_checkpoint, on_main_process
@@ -134,22 +137,33 @@ class ModelArguments:
 class DataArguments:
     """Which images to train on and to hold out."""
 
-    train_data: str = field(metadata={"help": "A folder, a .txt file that lists images, or a dataset of the hub."})
-    eval_data: str | None = field(
-        default=None, metadata={"help": "Held-out images, named likewise. Default: a part of a local --train_data."}
+    train_data: str = field(
+        metadata={
+            "help": "A folder of images, a .txt file that lists them, tars (WebDataset), parquet files, a zip, a "
+            "folder of save_to_disk, or a dataset of the hub (docs/data.md)."
+        }
     )
-    holdout: float = field(default=0.1, metadata={"help": "Without --eval_data: share of the groups to hold out."})
+    eval_data: str | None = field(
+        default=None,
+        metadata={"help": "Held-out images, named likewise. Default: --eval_split, or a part of --train_data without."},
+    )
+    holdout: float = field(
+        default=0.1, metadata={"help": "Without --eval_data and --eval_split: share of the groups to hold out."}
+    )
     group_separator: str | None = field(
         default=None,
         metadata={"help": "Files whose names agree up to it are split together, e.g. '-' for crops of one photograph."},
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a hub dataset."})
-    train_split: str = field(default="train", metadata={"help": "Split of a hub dataset to train on."})
-    eval_split: str = field(default="validation", metadata={"help": "Split of a hub dataset to evaluate on."})
-    image_column: str = field(default="image", metadata={"help": "Column of a hub dataset with the images."})
+    train_split: str = field(default="train", metadata={"help": "Split to train on, of a source that has several."})
+    eval_split: str = field(default="validation", metadata={"help": "Split to evaluate on, likewise."})
+    image_column: str | None = field(
+        default=None, metadata={"help": "Column with the images (default: told from types and usual names)."}
+    )
     streaming: bool = field(
-        default=False, metadata={"help": "Stream the hub dataset for training (needs --max_steps)."}
+        default=False,
+        metadata={"help": "Train on tars, parquet files or a hub dataset as they are read (needs --max_steps)."},
     )
     shuffle_buffer: int = field(default=1000, metadata={"help": "Images in the shuffle buffer when streaming."})
     min_crop_area: float = field(default=0.3, metadata={"help": "Smallest area of a random crop, as a share."})
@@ -182,6 +196,14 @@ class DataArguments:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}: leave it out for all images.")
 
+    @cached_property
+    def train_source(self) -> Source:
+        return find_source(self.train_data)
+
+    @cached_property
+    def eval_source(self) -> Source:
+        return find_source(self.eval_data) if self.eval_data else self.train_source
+
 
 def load_model(args: ModelArguments, hub: dict) -> ImageTokenizer:
     """The model to train; `hub` holds the `revision` and `token` that were given."""
@@ -212,21 +234,28 @@ def load_model(args: ModelArguments, hub: dict) -> ImageTokenizer:
 
 
 def load_data(args: DataArguments, training_args: VQRAETrainingArguments, skipped_list: Path, token: str | None = None):
-    """Training and held-out datasets with a column `image`. A held-out part of a folder is listed in a file; unreadable
+    """Training and held-out datasets with a column `image`. A held-out part of files is listed in a file; unreadable
     held-out images are left out, and listed in another."""
-    hub = {"config_name": args.dataset_config_name, "image_column": args.image_column}
-    hub |= {"revision": args.dataset_revision, "token": token}
-    listing = None
-    if args.eval_data or not Path(args.train_data).exists():
-        train = load_images(args.train_data, args.train_split, streaming=args.streaming, **hub)
-        local = Path(args.eval_data or args.train_data).exists()
-        eval_files = find_images(args.eval_data or args.train_data) if local else None
-    else:
-        train_files, eval_files = split_files(find_images(args.train_data), args.holdout, args.group_separator)
-        train = dataset_of_files(train_files, args.train_data if Path(args.train_data).is_dir() else None)
+    options = {"config_name": args.dataset_config_name, "image_column": args.image_column}
+    options |= {"revision": args.dataset_revision, "token": token}
+    source, listing, held_out = args.train_source, None, None
+    if args.eval_data or source.has_splits:
+        train = load_images(source, args.train_split, streaming=args.streaming, **options)
+        eval_files = args.eval_source.images
+        if not eval_files:
+            held_out = load_images(args.eval_source, args.eval_split, **options)
+    elif source.images:
+        train_files, eval_files = split_files(source.images, args.holdout, args.group_separator)
+        train = load_images(replace(source, images=train_files))
         listing = Path(training_args.output_dir) / "heldout_images.txt"
-    if eval_files is None:
-        held_out = load_images(args.eval_data or args.train_data, args.eval_split, **hub)
+    else:
+        if args.streaming:
+            raise ValueError(f"--streaming needs --eval_data: no part of {source.name} can be held out of a stream.")
+        rows, eval_files = load_images(source, args.train_split, **options), []
+        train, held_out = (rows.select(part) for part in split_rows(len(rows), args.holdout))
+        if training_args.process_index == 0:
+            print(f"{len(train)} rows of {source.name} to train on, {len(held_out)} held out, evenly spread.")
+    if held_out is not None:
         if args.max_eval_samples:
             held_out = held_out.select(sample_indices(len(held_out), args.max_eval_samples, seed=0))
     else:
@@ -246,6 +275,8 @@ def load_data(args: DataArguments, training_args: VQRAETrainingArguments, skippe
     streams = isinstance(train, IterableDataset)
     if streams:
         train = train.shuffle(seed=0, buffer_size=args.shuffle_buffer)
+        if training_args.process_index == 0:
+            print(f"Random order: files, and images from a buffer of {args.shuffle_buffer:,} (--shuffle_buffer).")
     if args.max_train_samples:
         if streams:
             train = train.take(args.max_train_samples)

@@ -50,9 +50,9 @@ from eval.psnr.psnr import psnr_per_image
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import VQRAEModel
 from quantization_simvq import SimVQ, VectorQuantizer
+from reading.files import find_images
 from reading.images import BELOW
 from reading.models import loading
-from reading.sources import find_images
 from training.data import EvalTransform, TrainTransform, split_files
 
 

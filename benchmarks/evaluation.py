@@ -39,7 +39,7 @@ from eval.reconstruction import ModelReconstruction, evaluate
 from eval.results import write_results
 from eval.rfid.rfid import InceptionV3
 from modeling_simvq import VQRAEModel
-from reading.sources import dataset_of_files, find_images
+from reading.files import dataset_of_files, find_images
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -29,11 +29,11 @@ from eval.commands import ends_in_one_line
 from eval.files import write_whole
 from eval.metrics import to_uint8
 from eval.pictures import save_rows
-from eval.probe import accuracy_of_neighbours, encode_files, labelled_images
+from eval.probe import accuracy_of_neighbours, encode_images, labelled_images
 from eval.psnr.psnr import psnr_per_image
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import VQRAEModel
-from reading.sources import dataset_of_files, find_images
+from reading.files import dataset_of_files, find_images
 from training.data import EvalTransform, sample_indices
 
 
@@ -139,7 +139,7 @@ def row(fields: dict, args: argparse.Namespace, data: dict, output: Path) -> dic
     numbers["lost"] = lost(model, data["train"], next(iter(data["heldout"].values())))
     if data["probe"]:
         processor = VQRAEImageProcessor.for_image_size(model.config.image_size)
-        vectors = encode_files(model, data["probe"]["files"], processor, 16)
+        vectors = encode_images(model, data["probe"]["images"], processor, 16)
         scores = {name: accuracy_of_neighbours(vectors[name], data["probe"]["labels"]) for name in vectors}
         numbers["probe"] = {name: score.mean().item() for name, score in scores.items() if name != "bags of tokens"}
     if args.minutes:
@@ -224,8 +224,8 @@ def main() -> None:
     data["heldout"] = {name: read(path, processor, args.heldout_images)[0] for name, path in sets.items()}
     data["probe"] = None
     if args.probe:
-        files, labels, _ = labelled_images(Path(args.probe))
-        data["probe"] = {"files": files, "labels": labels}
+        images, labels, _ = labelled_images(args.probe)
+        data["probe"] = {"images": images, "labels": labels}
     results = {}
     for number, name in enumerate(names, 1):
         fused = {} if name in settings["not_fused"] else settings["fused"]

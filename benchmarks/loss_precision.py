@@ -19,9 +19,9 @@ import torch
 from torch import nn
 
 from image_processing_simvq import VQRAEImageProcessor
+from reading.files import dataset_of_files, find_images
 from reading.images import decode_image
 from reading.models import load_pretrained
-from reading.sources import dataset_of_files, find_images
 from training.discriminators import DinoDiscriminator, PatchDiscriminator
 from training.losses import ConvNextLoss, PerceptualLoss, discriminator_hinge, generator_hinge
 

@@ -16,9 +16,9 @@ from eval.metrics import to_uint8
 from eval.psnr.psnr import psnr_per_image
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import VQRAEModel
+from reading.files import dataset_of_files, find_images
 from reading.images import decode_image
 from reading.models import load_processor
-from reading.sources import dataset_of_files, find_images
 
 
 @torch.no_grad()

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from eval.files import write_folder_whole, write_whole
 from image_processing_simvq import VQRAEImageProcessor
-from reading.sources import find_images
+from reading.files import find_images
 
 
 # Photographs and wallpapers in the packages. Licences: the files /usr/share/doc/PACKAGE/copyright in them.

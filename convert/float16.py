@@ -31,7 +31,7 @@ from modeling_simvq import ImageTokenizer
 from quantization_simvq import SimVQ
 from reading.images import decode_image
 from reading.models import load_pretrained, load_processor
-from reading.sources import dataset_of_files, find_images
+from reading.sources import load_images
 
 
 COPIED = ("training_recipe.json", "training_report.html")
@@ -104,25 +104,25 @@ def compare(source: ImageTokenizer, rounded: ImageTokenizer, data: str, max_imag
     """How far the rounded model is from its source on images, in words. Of more than `max_images`, evenly spread ones
     are taken."""
     processor = load_processor(source.name_or_path, source.config.image_size)
-    files = find_images(data)
-    files = files[:: math.ceil(len(files) / max_images)]
+    images = load_images(data)
+    images = images.select(range(0, len(images), math.ceil(len(images) / max_images)))
     same, scores = [], []
-    for record in dataset_of_files(files)["image"]:
+    for record in images["image"]:
         pixels = processor(decode_image(record), return_tensors="pt").pixel_values
         ours, theirs = (model(pixels, return_loss=False) for model in (source, rounded))
         same.append((ours.image_tokens == theirs.image_tokens).float().mean())
         scores.append([psnr_per_image(o.decoded_pixel_values.clamp(0, 1), pixels) for o in (ours, theirs)])
     before, after = torch.tensor(scores).mean(0)
     return (
-        f"{len(files)} images: {torch.stack(same).mean():.3%} of the tokens are the same; PSNR {before:.4f} dB before, "
-        f"{after:.4f} dB after rounding."
+        f"{len(images)} images: {torch.stack(same).mean():.3%} of the tokens are the same; PSNR {before:.4f} dB "
+        f"before, {after:.4f} dB after rounding."
     )
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", required=True, type=Path, help="Folder of a trained tokenizer.")
-    parser.add_argument("--data", help="Images to compare on (64 at most): a folder, or a .txt file that lists them.")
+    parser.add_argument("--data", help="Images to compare on (64 at most), see docs/data.md.")
     parser.add_argument("--output_dir", required=True, type=Path, help="A new folder.")
     args = parser.parse_args(arguments)
     if not (args.model_name_or_path / "model.safetensors").is_file():
@@ -130,7 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
     if args.output_dir.exists():
         parser.error(f"--output_dir {args.output_dir} exists: remove it or choose another")
     if args.data:
-        find_images(args.data)  # that there are some, before anything is written
+        load_images(args.data)  # that there are some, before anything is written
     transformers.logging.set_verbosity_error()
     convert(args.model_name_or_path, args.output_dir)
     before, after = (

@@ -33,6 +33,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from datasets import Dataset
 from huggingface_hub import ModelCardData, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -47,7 +48,7 @@ from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import VQRAEModel, read_pixel_statistics
 from reading.images import decode_image
 from reading.models import loading
-from reading.sources import find_images
+from reading.sources import load_images
 from training.card import usage
 
 
@@ -418,21 +419,21 @@ def build(source: Source, codebook_size: int, codebook_dim: int | None) -> VQRAE
     return model
 
 
-def image_batches(files: list[Path], processor: VQRAEImageProcessor, batch_size: int = 16) -> Iterator[torch.Tensor]:
-    """Pixels (B, 3, H, W) of images."""
-    for start in range(0, len(files), batch_size):
-        images = [decode_image({"path": str(file), "bytes": None}) for file in files[start : start + batch_size]]
-        yield processor(images, return_tensors="pt").pixel_values
+def image_batches(images: Dataset, processor: VQRAEImageProcessor, batch_size: int = 16) -> Iterator[torch.Tensor]:
+    """Pixels (B, 3, H, W) of a column `image`."""
+    for start in range(0, len(images), batch_size):
+        decoded = [decode_image(record) for record in images[start : start + batch_size]["image"]]
+        yield processor(decoded, return_tensors="pt").pixel_values
 
 
 def fit_codebook(model: VQRAEModel, data: str, device: str) -> None:
     """k-means on the features of as many images as the codes need, drawn at random."""
-    files = find_images(data)
+    images = load_images(data)
     needed = math.ceil(32 * model.config.codebook_size / model.config.grid_size**2)
-    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))[:needed].tolist()
-    print(f"Fitting {model.config.codebook_size:,} codes to {len(order):,} of {len(files):,} images.", flush=True)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:needed].tolist()
+    print(f"Fitting {model.config.codebook_size:,} codes to {len(order):,} of {len(images):,} images.", flush=True)
     processor = VQRAEImageProcessor.for_image_size(model.config.image_size)
-    model.to(device).initialize_codebook(image_batches([files[i] for i in order], processor))
+    model.to(device).initialize_codebook(image_batches(images.select(order), processor))
     model.cpu()
 
 
@@ -528,7 +529,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--codebook_dim", type=int, help="Width of the codes behind a new learnable projection (default: none)."
     )
-    parser.add_argument("--data", help="Images to fit the codes to: a folder, or a .txt file that lists them.")
+    parser.add_argument("--data", help="Images to fit the codes to, see docs/data.md.")
     parser.add_argument(
         "--device",
         type=present_device,

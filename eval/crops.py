@@ -18,10 +18,10 @@ class CroppedImages(torch.utils.data.Dataset):
     or, for an image that cannot be read, `error` in place of both.
 
     Args:
-        data: of `load_images`.
+        data: with a column `image`, see `open_source`.
         protocol: see [`Protocol`].
         size: side of the crops in pixels; `None`: as the files are, all of the same size.
-        reconstructions: of `load_images`, in the order of `data`.
+        reconstructions: likewise, in the order of `data`.
     """
 
     def __init__(self, data, protocol, size: int | None, reconstructions=None) -> None:

@@ -4,8 +4,8 @@
     python -m eval.probe --model_name_or_path checkpoints/vqrae-dinov2-small --data FOLDER_WITH_CLASSES \\
         --output_dir results
 
-FOLDER_WITH_CLASSES has a folder of images for each class, with as many sub-folders as there are. Of each image four
-vectors are made:
+FOLDER_WITH_CLASSES has a folder of images for each class; any other source with labels does as well (docs/data.md). Of
+each image four vectors are made:
 
 encoder features    mean of the continuous features
 quantized features  the same, of what comes back from the codes (`quantized_last_hidden_state`)
@@ -20,8 +20,10 @@ always says the most frequent class. Writes probe.json, probe.md and probe.html.
 import argparse
 import html
 import json
+from collections import Counter
 from pathlib import Path
 
+import datasets
 import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
@@ -34,35 +36,53 @@ from tqdm import tqdm
 from eval.commands import ends_in_one_line
 from eval.files import write_whole
 from eval.networks import weights_hash
+from eval.options import add_source_options
 from eval.results import library_versions
 from image_processing_simvq import VQRAEImageProcessor
 from reading.images import decode_image
 from reading.models import load_pretrained, load_processor
-from reading.sources import dataset_of_files, find_images
+from reading.sources import open_source
 
 
 NEIGHBOURS, FOLDS, RESAMPLES = 5, 5, 1000
 
 
-def labelled_images(folder: Path, classes: list[str] | None = None) -> tuple[list[Path], np.ndarray, list[str]]:
-    """Files, the number of the class of each, and the names of the classes: the folders right below `folder`.
+def labelled_images(
+    data: str, classes: list[str] | None = None, **options
+) -> tuple[datasets.Dataset, np.ndarray, list[str]]:
+    """Images in a column `image`, the number of the class of each, and the names of the classes, in the order of the
+    numbers.
+
+    Args:
+        data: a source with labels, such as a folder with a folder for each class. Images without a label are left out.
+        classes: some of its classes.
+        options: of `open_source`.
 
     Raises:
         ValueError: fewer than two classes, a class that is not there, or one with fewer images than there are folds.
     """
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    if unknown := [name for name in classes or [] if name not in names]:
-        raise ValueError(f"--classes: {folder} has no folder '{unknown[0]}', only {', '.join(names)}.")
-    names = classes or names
+    dataset = open_source(data, wanted=("image", "label"), **options)
+    if "label" not in dataset.column_names:
+        raise ValueError(
+            f"{data} has no classes: put the images of each class into a sub-folder of their own, or name a column of "
+            "labels (--label_column)."
+        )
+    feature, labels = dataset.features["label"], dataset["label"][:]
+    there = getattr(feature, "names", None) or sorted(set(labels) - {None})  # names, or numbers where there are none
+    if isinstance(feature, datasets.ClassLabel) and feature.names:
+        labels = [None if label is None else there[label] for label in labels]
+    labels, there = [None if label is None else str(label) for label in labels], [str(name) for name in there]
+    if unknown := [name for name in classes or [] if name not in there]:
+        raise ValueError(f"--classes: {data} has no class '{unknown[0]}', only {', '.join(there)}.")
+    names = list(classes or there)
     if len(names) < 2:
-        raise ValueError(f"{folder} has {len(names)} sub-folders: put the images of each class into one of their own.")
-    files, labels = [], []
-    for number, name in enumerate(names):
-        found = find_images(folder / name)
-        if len(found) < FOLDS:
-            raise ValueError(f"{folder / name} has {len(found)} images: {FOLDS} of each class are needed at least.")
-        files, labels = files + found, labels + [number] * len(found)
-    return files, np.array(labels), names
+        raise ValueError(f"Of {data} a single class is told, {names[0]}: two are needed at least.")
+    counts = Counter(labels)
+    if few := [name for name in names if counts[name] < FOLDS]:
+        raise ValueError(f"Class '{few[0]}' of {data} has {counts[few[0]]} images: {FOLDS} of each are needed.")
+    numbers = {name: number for number, name in enumerate(names)}
+    rows = sorted((row for row, label in enumerate(labels) if label in numbers), key=lambda row: numbers[labels[row]])
+    return dataset.select(rows).select_columns("image"), np.array([numbers[labels[row]] for row in rows]), names
 
 
 @torch.inference_mode()
@@ -170,27 +190,28 @@ def page(result: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", required=True, help="A tokenizer: folder or hub repository.")
-    parser.add_argument("--data", required=True, type=Path, help="A folder with a folder of images for each class.")
-    parser.add_argument("--classes", nargs="+", help="Some of these folders (default: all).")
+    add_source_options(parser, split="validation", required=True, columns=("image", "label"))
+    parser.add_argument("--classes", nargs="+", help="Some of the classes (default: all).")
     parser.add_argument("--image_size", type=int, help="Side of the crops in pixels (default: the model's).")
     parser.add_argument("--batch_size", type=int, default=16, help="Images at a time (default: 16).")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: a GPU).")
     parser.add_argument("--output_dir", required=True, type=Path, help="Where the results go.")
     args = parser.parse_args()
-    if not args.data.is_dir():
-        raise ValueError(f"--data: there is no folder {args.data}.")
-    files, labels, names = labelled_images(args.data, args.classes)
+    options = {"config_name": args.dataset_config_name, "image_column": args.image_column}
+    options |= {"split": args.split, "label_column": args.label_column}
+    with ends_in_one_line(ValueError):  # such as a split that it does not have
+        images, labels, names = labelled_images(args.data, args.classes, **options)
     model = load_pretrained(args.model_name_or_path, {}).eval().to(args.device)
     size = args.image_size or model.config.image_size
     processor = load_processor(args.model_name_or_path, size)
-    print(f"{len(files)} images of {len(names)} classes at {size} px.", flush=True)
-    vectors = encode_files(model, files, processor, args.batch_size)
+    print(f"{len(images)} images of {len(names)} classes at {size} px.", flush=True)
+    vectors = encode_images(model, images, processor, args.batch_size)
     result = {
         "model": args.model_name_or_path,
         "weights_sha256": weights_hash(model),
-        "data": args.data.name,
+        "data": Path(args.data).name,
         "classes": names,
-        "num_images": len(files),
+        "num_images": len(images),
         "image_size": size,
         "neighbours": NEIGHBOURS,
         "folds": FOLDS,
@@ -206,11 +227,13 @@ def main() -> None:
     print(f"\n{markdown(result)}\n{args.output_dir / 'probe.html'}")
 
 
-def encode_files(model, files: list[Path], processor: VQRAEImageProcessor, batch_size: int) -> dict[str, np.ndarray]:
-    """`image_vectors` of files, some at a time."""
-    parts, records = [], dataset_of_files(files)["image"]
-    for start in tqdm(range(0, len(files), batch_size), desc="Encoding", unit="batch"):
-        images = [decode_image(record) for record in records[start : start + batch_size]]
+def encode_images(
+    model, dataset: datasets.Dataset, processor: VQRAEImageProcessor, batch_size: int
+) -> dict[str, np.ndarray]:
+    """`image_vectors` of a dataset with a column `image`, some at a time."""
+    parts = []
+    for start in tqdm(range(0, len(dataset), batch_size), desc="Encoding", unit="batch"):
+        images = [decode_image(record) for record in dataset[start : start + batch_size]["image"]]
         parts.append(image_vectors(model, processor(images, return_tensors="pt").pixel_values))
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 

@@ -40,7 +40,7 @@ from eval.flat_colours import measure_flat_colours
 from eval.image_features import ImageFeatures
 from eval.metrics import to_uint8
 from eval.networks import load_networks, load_object, source_hash, weights_hash
-from eval.options import present_device, whole_number
+from eval.options import add_source_options, present_device, whole_number
 from eval.protocol import Protocol, names
 from eval.results import (
     check_model_card,
@@ -51,8 +51,10 @@ from eval.results import (
     write_results,
 )
 from eval.semantic_agreement.semantic_agreement import cosine_per_image
+from reading.files import dataset_of_files, match_images
+from reading.images import shown_path
 from reading.models import load_any
-from reading.sources import dataset_of_files, find_images, load_images, match_images
+from reading.sources import find_source, load_images
 
 
 class ModelReconstruction:
@@ -214,7 +216,7 @@ def evaluate(
                     reconstructions, tokens, scores = reconstruct(originals / 255)
                 left_out = evaluation.update(number, batch["index"], originals, reconstructions, tokens, **scores)
                 for index in left_out:
-                    name = images.data[index]["image"]["path"] or f"image {index}"
+                    name = shown_path(images.data[index]["image"]) or f"image {index}"
                     error = f"{name}: its latents, features or reconstruction hold NaN or infinity."
                     tqdm.write(f"Left out: {error}")
                     evaluation.skipped.append((index, error))
@@ -242,10 +244,7 @@ def parse_arguments() -> argparse.Namespace:
         "--trust_remote_code", action="store_true", help="Run the modeling code that comes with a foreign checkpoint."
     )
     data = parser.add_argument_group("on which images")
-    data.add_argument("--data", help="A folder of images, a .txt file that lists images, or a dataset of the hub.")
-    data.add_argument("--split", default="validation", help="Split of a hub dataset (default: validation).")
-    data.add_argument("--dataset_config_name", help="Configuration of a hub dataset.")
-    data.add_argument("--image_column", default="image", help="Column of a hub dataset (default: image).")
+    add_source_options(data, split="validation")
     data.add_argument("--max_samples", type=whole_number(), help="Evaluate on that many images at most.")
     how = parser.add_argument_group("how")
     how.add_argument(
@@ -321,20 +320,19 @@ def main() -> None:
 
     size, reconstruct, fakes = protocol.image_size or args.image_size, None, None
     codebook_size = patch_size = None
-    files = []  # whose names, sizes and dates tell whether the images are still the same
     if protocol.image_size and args.image_size not in (None, protocol.image_size):
         raise ValueError(f"--image_size is {args.image_size}, but {protocol.name} is for {protocol.image_size} px.")
     if args.real:
         source = {"real": args.real, "fake": args.fake}
         real_files, fake_files = match_images(args.real, args.fake)
         data, fakes = dataset_of_files(real_files), dataset_of_files(fake_files)
-        files = [*real_files, *fake_files]
-    elif Path(args.data).exists():
-        files = find_images(args.data)
-        data = dataset_of_files(files)
+        files, split = [*real_files, *fake_files], None
     else:
+        found = find_source(args.data)
+        files, split = found.images, found.split(args.split)
+        options = {"config_name": args.dataset_config_name, "image_column": args.image_column}
         with ends_in_one_line(ValueError):  # such as a split that it does not have
-            data = load_images(args.data, args.split, args.dataset_config_name, args.image_column)
+            data = load_images(found, args.split, **options)
     if args.callable:
         function = load_object(args.callable)
         source = {"callable": args.callable, "source_sha256": source_hash(function)}
@@ -380,7 +378,7 @@ def main() -> None:
     settings |= {"reference_statistics": args.reference_statistics, "batch_size": batch_size}
     settings |= {"num_processes": state.num_processes, "device": str(device), "versions": library_versions()}
     settings |= {"code_sha256": code_hash()}
-    key = progress_key(files, settings, args.features, args.max_samples, None if files else data._fingerprint)
+    key = progress_key(files or [], settings, args.features, args.max_samples, None if files else data._fingerprint)
     images = CroppedImages(data, protocol, size, fakes)
     evaluation = Evaluation(protocol, networks, codebook_size, patch_size)
     workers = args.num_workers if args.num_workers is not None else 8 * (device.type == "cuda")
@@ -406,7 +404,7 @@ def main() -> None:
             **settings,
             "data": {
                 "name": args.data or args.real,
-                "split": None if Path(args.data or args.real).exists() else args.split,
+                "split": split,
                 "config": args.dataset_config_name,
                 "pixels_sha256": evaluation.fingerprint(),
             },

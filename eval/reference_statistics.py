@@ -19,7 +19,7 @@ from eval.commands import ends_in_one_line
 from eval.crops import CroppedImages
 from eval.files import write_whole
 from eval.networks import load_networks
-from eval.options import present_device, whole_number
+from eval.options import add_source_options, present_device, whole_number
 from eval.protocol import Protocol, names
 from eval.rfid.rfid import Moments
 from reading.sources import load_images
@@ -27,10 +27,7 @@ from reading.sources import load_images
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="A folder of images, a .txt file, or a dataset of the hub.")
-    parser.add_argument("--split", default="validation", help="Split of a hub dataset (default: validation).")
-    parser.add_argument("--dataset_config_name", help="Configuration of a hub dataset.")
-    parser.add_argument("--image_column", default="image", help="Column of a hub dataset (default: image).")
+    add_source_options(parser, split="validation", required=True)
     parser.add_argument("--protocol", default="default", help=f"One of {', '.join(names())}, or a .json file.")
     parser.add_argument("--image_size", type=whole_number(), help="Side of the crops, where the protocol does not say.")
     parser.add_argument("--inception_weights", help="Local file with torch-fidelity's Inception weights.")
@@ -50,7 +47,8 @@ def main() -> None:
     if protocol.inception is None:
         parser.error(f"protocol {protocol.name} has no rFID")
     with ends_in_one_line(ValueError):  # such as a split that it does not have
-        data = load_images(args.data, args.split, args.dataset_config_name, args.image_column)
+        options = {"config_name": args.dataset_config_name, "image_column": args.image_column}
+        data = load_images(args.data, args.split, **options)
     networks, reasons, _ = load_networks(protocol, device, names=["rfid"], inception_weights=args.inception_weights)
     if "rfid" not in networks.frechet:
         raise ValueError(f"No network for rFID: {reasons['rfid']}")

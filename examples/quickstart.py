@@ -26,8 +26,8 @@ from eval.results import title
 from eval.token_maps import token_map
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import VQRAEModel
+from reading.files import dataset_of_files
 from reading.images import decode_image
-from reading.sources import dataset_of_files
 
 
 ROOT = Path(__file__).resolve().parents[1]

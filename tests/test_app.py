@@ -26,7 +26,7 @@ from test_simvq_gan import small_model as small_gan_model
 from eval.token_maps import code_colors, code_pixels, neighbours, replace_tokens, token_map
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import VQRAEModel
-from reading.sources import find_images
+from reading.files import find_images
 
 
 # ---------------------------------------------------------------------------------------------------------------------

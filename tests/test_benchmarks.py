@@ -10,7 +10,7 @@ from test_loading import ROOT
 
 from benchmarks import evaluation, generation
 from benchmarks.collapse import keep_apart
-from reading.sources import find_images
+from reading.files import find_images
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")

@@ -13,7 +13,7 @@ from eval.evaluation import Evaluation, Networks
 from eval.flat_colours import flat_colours, measure_flat_colours
 from eval.protocol import Protocol
 from modeling_simvq import VQRAEModel
-from reading.sources import find_images
+from reading.files import find_images
 
 
 def written_out(images: np.ndarray, patch: int) -> float:

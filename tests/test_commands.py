@@ -14,7 +14,7 @@ sys.path.insert(0, {root!r})
 from huggingface_hub.errors import RepositoryNotFoundError
 from configuration_simvq import VQRAEConfig
 from eval.commands import ends_in_one_line
-from reading.sources import find_images
+from reading.files import find_images
 @ends_in_one_line()
 def main():
     print("begun")

@@ -15,8 +15,8 @@ from transformers.image_utils import PILImageResampling
 from convert import float16
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import VQRAEModel
+from reading.files import find_images
 from reading.models import load_pretrained
-from reading.sources import find_images
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ import torch
 from conftest import encoder_config
 from test_loading import ROOT
 
-from reading.sources import dataset_of_files, load_images
+from reading.files import dataset_of_files
+from reading.sources import load_images
 from train_hf import DataArguments, load_data
 from training.arguments import VQRAETrainingArguments
 from training.data import (

@@ -11,7 +11,7 @@ from test_loading import ROOT, run
 
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import VQRAEModel
-from reading.sources import find_images
+from reading.files import find_images
 
 
 def blocks(path: str, language: str = "python") -> list[str]:

@@ -23,7 +23,7 @@ from eval.reconstruction import ModelReconstruction
 from eval.ssim.ssim import ssim_per_image
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import VQRAEModel
-from reading.sources import dataset_of_files, find_images
+from reading.files import dataset_of_files, find_images
 
 
 ASSETS = pytest.mark.skipif("VQRAE_ASSETS" not in os.environ, reason="VQRAE_ASSETS is not set: no LPIPS weights")

@@ -16,7 +16,7 @@ from eval.evaluation import Evaluation, Networks
 from eval.protocol import Protocol
 from eval.reconstruction import ModelReconstruction, evaluate
 from modeling_simvq import VQRAEModel
-from reading.sources import dataset_of_files, find_images
+from reading.files import dataset_of_files, find_images
 
 
 def test_an_interrupted_pass_goes_on_and_ends_with_the_same_numbers(tmp_path, image_folder):

@@ -113,7 +113,7 @@ def test_random_labels_are_not_told_and_intervals_are_those_of_binomials():
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda folder: (folder / "one").mkdir(parents=True), "1 sub-folders"),
+        (lambda folder: [(folder / "one").mkdir(parents=True), (folder / "one" / "a.png").touch()], "has no classes"),
         (lambda folder: [(folder / name).mkdir(parents=True) for name in "ab"], "No images in"),
     ],
 )

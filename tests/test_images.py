@@ -17,8 +17,9 @@ from PIL import Image
 
 from eval.protocol import Protocol
 from image_processing_simvq import FORMATS, VQRAEImageProcessor, to_rgb
+from reading.files import dataset_of_files, find_images
 from reading.images import EXTENSIONS, decode_image, image_name
-from reading.sources import dataset_of_files, find_images, load_images
+from reading.sources import load_images
 
 
 SIDE = 32

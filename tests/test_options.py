@@ -115,6 +115,7 @@ def test_recipes_have_no_option_without_effect(recipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if "holdout" in options:  # from a folder, which is there
         (tmp_path / options.get("train_data", "my_images")).mkdir(parents=True)
+        (tmp_path / options.get("train_data", "my_images") / "a.png").touch()
     if recipe.stem in ("collapse", "fused_latents"):  # of a benchmark
         return
     extra = [] if "train_data" in options else ["--train_data", "."]

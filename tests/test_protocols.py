@@ -13,7 +13,7 @@ from test_loading import ROOT
 from eval.crops import CroppedImages
 from eval.evaluation import Evaluation, Networks
 from eval.protocol import Protocol, names
-from reading.sources import dataset_of_files
+from reading.files import dataset_of_files
 
 
 def test_protocols_crop_as_their_references_do(tmp_path):

@@ -18,7 +18,7 @@ from eval.results import weights_file_hash
 from examples import quickstart
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import VQRAEModel
-from reading.sources import find_images
+from reading.files import find_images
 from training.data import split_files
 
 

@@ -17,8 +17,9 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_simvq import VQRAEModel
+from reading.files import find_images
 from reading.images import decode_image
-from reading.sources import find_images, load_images
+from reading.sources import load_images
 from training.data import TrainTransform, collate, readable_images, with_pixels
 from training.ema import EMA
 

@@ -21,9 +21,10 @@ from transformers import Trainer, TrainerCallback
 
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import VQRAEModel
+from reading.files import find_images
 from reading.images import decode_image
 from reading.models import load_pretrained
-from reading.sources import find_images, load_images
+from reading.sources import load_images
 from training.arguments import VQRAETrainingArguments
 from training.data import EvalTransform, TrainTransform, collate, split_files, with_pixels
 from training.losses import PerceptualLoss, ReconstructionLoss

@@ -33,16 +33,23 @@ def split_files(files: list[Path], holdout: float, group_separator: str | None) 
         groups.setdefault(file.stem.split(group_separator)[0] if group_separator else str(file), []).append(file)
     if len(groups) < 2:
         raise ValueError(f"{len(files)} images in {len(groups)} group(s) cannot be split; pass --eval_data.")
-    names = list(groups)
-    count = min(max(1, round(holdout * len(names))), len(names) - 1)
-    held_out = names[:: round(1 / holdout)]  # where that is as many, the split of earlier versions: runs of them go on
-    if len(held_out) != count:
-        held_out = [names[i * len(names) // count] for i in range(count)]
-    held_out = set(held_out)
-    return (
-        [file for name in names if name not in held_out for file in groups[name]],
-        [file for name in names if name in held_out for file in groups[name]],
+    groups = list(groups.values())
+    train, held_out = (
+        [file for number in part for file in groups[number]] for part in split_rows(len(groups), holdout)
     )
+    return train, held_out
+
+
+def split_rows(length: int, holdout: float) -> tuple[list[int], list[int]]:
+    """The numbers below `length` to train on, and those to hold out, a share of `holdout`: see `split_files`."""
+    if length < 2:
+        raise ValueError(f"{length} image(s) cannot be split; pass --eval_data.")
+    count = min(max(1, round(holdout * length)), length - 1)
+    held_out = range(0, length, round(1 / holdout))  # where that is as many, the split of earlier versions: they go on
+    if len(held_out) != count:
+        held_out = [i * length // count for i in range(count)]
+    held_out = set(held_out)
+    return [i for i in range(length) if i not in held_out], sorted(held_out)
 
 
 def sample_indices(length: int, count: int, seed: int) -> list[int]:

@@ -115,22 +115,39 @@ def refuse_without_effect(given: dict, by_flags: set[str], rules: list[Without])
 
 def rules_of_data(data) -> list[Without]:
     """Args: data: `DataArguments` of train_hf.py."""
-    train_is_local = Path(data.train_data).exists()
-    eval_is_local = Path(data.eval_data or data.train_data).exists()
+    try:
+        train, held_out = data.train_source, data.eval_source
+    except ValueError:  # which is said when they are opened
+        return []
     here = f"{data.train_data} is on this disk, not a dataset of the hub"
+    are_files = f"{data.train_data} is files of images on this disk"
     return [
         Without("holdout group_separator", bool(data.eval_data), "--eval_data names the held-out images", "eval_data"),
         Without(
             "holdout group_separator",
-            not train_is_local and not data.eval_data,
-            f"{data.train_data} is not on this disk, and a dataset of the hub has a split to hold out (--eval_split)",
+            train.has_splits and not data.eval_data,
+            f"{data.train_data} has a split to hold out (--eval_split)",
             "train_data eval_data",
         ),
-        Without("train_split streaming", train_is_local, here, "train_data"),
-        Without("eval_split", eval_is_local, "the held-out images are on this disk", "train_data eval_data"),
         Without(
-            "dataset_config_name image_column dataset_revision",
-            train_is_local and eval_is_local,
+            "group_separator",
+            not train.images,
+            f"{data.train_data} is not files of images, whose names tell groups",
+            "train_data eval_data",
+        ),
+        Without("streaming", bool(train.images), are_files, "train_data"),
+        Without("streaming", train.kind == "saved", f"{data.train_data} is read as it is used anyway", "train_data"),
+        Without("train_split", not train.has_splits, f"{data.train_data}, on this disk, has no splits", "train_data"),
+        Without(
+            "eval_split",
+            not held_out.has_splits,
+            "the held-out images are on this disk, without splits",
+            "train_data eval_data",
+        ),
+        Without("image_column", bool(train.images and held_out.images), are_files, "train_data eval_data"),
+        Without(
+            "dataset_config_name dataset_revision",
+            "hub" not in (train.kind, held_out.kind),
             here,
             "train_data eval_data",
         ),

@@ -37,7 +37,7 @@ def tokenize_crops(
 
     Args:
         model: its encoder, projection and quantizer must not change afterwards.
-        dataset: with a column `image`, see `load_images`. Here an image that cannot be read is an error.
+        dataset: with a column `image`, see `open_source`. Here an image that cannot be read is an error.
         transform: of the dataset; is told where the tokens are.
         passes: number of crops of each image.
         folder: where the tokens are kept, two or four bytes each.
