@@ -28,6 +28,15 @@ def open_images(args: argparse.Namespace) -> datasets.Dataset | datasets.Iterabl
     return dataset
 
 
+def labels_and_texts(dataset: datasets.Dataset | datasets.IterableDataset) -> dict:
+    """The features of the columns `label` and `text`, of those that there are; where a stream does not tell, after its
+    first image."""
+    if dataset.features is not None:
+        return {name: dataset.features[name] for name in ("label", "text") if name in dataset.features}
+    kinds = {name: value for name, value in next(iter(dataset), {}).items() if name in ("label", "text")}
+    return {name: datasets.Value("int64" if isinstance(value, int) else "string") for name, value in kinds.items()}
+
+
 def source_hash(dataset: datasets.Dataset | datasets.IterableDataset) -> str:
     """SHA-256 that tells whether a source is still the same: of the names of all images, in order, the sizes of their
     files or bytes, their labels and captions. Of a stream, which would have to be read for that, of the first image."""

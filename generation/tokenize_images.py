@@ -36,7 +36,7 @@ from eval.options import present_device, whole_number
 from generation.card import PICTURE, dataset_card, draw_rows, shown, spread_rows, write_card
 from generation.provenance import PROVENANCE, Provenance, library_versions
 from generation.shards import Plan, loader, shard_info, shard_path, split_name, write_shard
-from generation.source import open_images, source_hash
+from generation.source import labels_and_texts, open_images, source_hash
 from generation.tokenizing import TokenRows, prepare
 from reading.models import load_any
 
@@ -106,7 +106,7 @@ hub.add_argument("--token", help="Of the hub (default: that of `hf auth login`).
 
 def provenance_of(args: argparse.Namespace, rows: TokenRows, dataset) -> Provenance:
     """How the rows of this command will have been made."""
-    label, config = (dataset.features or {}).get("label"), rows.model.config
+    label, config = rows.features.get("label"), rows.model.config
     return Provenance(
         model_name_or_path=rows.model_name_or_path,
         revision=rows.revision,
@@ -293,7 +293,6 @@ def main() -> None:
     if args.max_samples is not None:
         is_stream = isinstance(dataset, datasets.IterableDataset)
         dataset = dataset.take(args.max_samples if is_stream else min(args.max_samples, len(dataset)))
-    features = dataset.features or {}
     rows = TokenRows(
         args.model_name_or_path,
         args.model_revision,
@@ -305,8 +304,7 @@ def main() -> None:
         batch_size=args.batch_size,
         dtype=args.dtype,
         device=args.device or state.device,
-        label=features.get("label"),
-        text=features.get("text"),
+        **labels_and_texts(dataset),
     )
     folder, wanted = args.output_dir, provenance_of(args, rows, dataset)
     provenance = begun(folder, wanted)

@@ -34,23 +34,6 @@ from modeling_simvq_gan import SimVQGANModel
 from reading.images import decode_image
 
 
-@pytest.fixture
-def work(tmp_path, monkeypatch):
-    """A folder with a tokenizer and 14 images of two classes, of several sizes."""
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    model = VQRAEModel(tiny_config()).eval()
-    model.save_pretrained("model")
-    VQRAEImageProcessor.for_image_size(32).save_pretrained("model")
-    generator = np.random.default_rng(0)
-    for number in range(14):
-        file = tmp_path / "images" / ("cats" if number < 5 else "dogs") / f"{number:02d}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        noise = generator.integers(0, 256, (4, 5, 3), dtype=np.uint8)
-        Image.fromarray(noise).resize(((26, 40, 17)[number % 3], (30, 19)[number % 2])).save(file)
-    return tmp_path
-
-
 def tokenize(*arguments, output="tokens", fails=False, workers=0):
     """Runs the command here; gives what it wrote, but for run.json, or with `fails` what it says."""
     command = ["--model_name_or_path", "model", "--data", "images", "--output_dir", output, "--shard_size", "3"]
@@ -357,6 +340,15 @@ def test_a_stream_gives_the_same_shards_also_when_interrupted(work, monkeypatch,
     assert shards(tokenize(*size, workers=1)) == whole
     assert Provenance.load("tokens").num_images == 14
     assert len(shards(tokenize("--max_samples", 4, output="few/tokens"))) == 2
+
+
+def test_captions_come_along_also_where_a_stream_does_not_tell_of_them(work, monkeypatch):
+    images = [{"image": {"path": f"images/cats/0{number}.png", "bytes": None}, "text": "Käfer"} for number in (0, 1)]
+    unknown = datasets.IterableDataset.from_generator(lambda: iter(images))
+    assert unknown.features is None
+    monkeypatch.setattr(tokenize_images, "open_images", lambda args: unknown)
+    tokenize()
+    assert [row["text"] for row in rows_of()] == ["Käfer"] * 2
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])
