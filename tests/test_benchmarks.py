@@ -5,12 +5,15 @@ import os
 import runpy
 import sys
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from test_loading import ROOT
 
-from benchmarks import evaluation
+from benchmarks import evaluation, tokenize
 from benchmarks.collapse import keep_apart
-from reading.sources import find_images
+from generation.tokenizing import TokenRows
+from reading.sources import dataset_of_files, find_images
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
@@ -38,3 +41,16 @@ def test_the_evaluation_s_loop_and_the_references_give_the_same_numbers(image_fo
     """The benchmark checks it."""
     evaluation.without_networks(find_images(image_folder)[:3])
     assert "| ours |" in capsys.readouterr().out
+
+
+def test_the_ways_of_tokenizing_write_the_same_tokens(saved_model, image_folder, tmp_path):
+    rows, records = TokenRows(str(tmp_path / "model"), batch_size=4), dataset_of_files(find_images(image_folder))
+    given = ["--model_name_or_path", "model", "--output_dir", "out", "--batch_size", "4", "--num_workers", "0"]
+    args = tokenize.parser.parse_args([*given, "--shard_size", "12"])
+    for way in (tokenize.ours, tokenize.as_llamagen, tokenize.as_rar):
+        (tmp_path / way.__name__).mkdir()
+        way(rows, records, tmp_path / way.__name__, args)
+    ours = pq.read_table(tmp_path / "ours" / "train-00000.parquet")["image_tokens"].to_pylist()
+    codes = [np.load(tmp_path / "as_llamagen" / "codes" / f"{number}.npy").ravel().tolist() for number in range(12)]
+    lines = (tmp_path / "as_rar" / "pretokenized.jsonl").read_text().splitlines()
+    assert ours == codes == [json.loads(line)["tokens"] for line in lines]
