@@ -44,6 +44,7 @@ from reading.models import load_any
 RUN = "run.json"  # how fast the latest run was: no part of the dataset
 UNREADABLE = "unreadable_images.txt"
 DRAWN = 16
+VIEWS_IN_A_LOAD = 16  # that a worker hands over: many wait in shared memory
 # of the provenance, what may differ when a run goes on: names, and what is known later
 MAY_DIFFER = {"model_name_or_path", "revision", "source", "share_changed_by_dtype"}
 MAY_DIFFER |= {"num_images", "num_unreadable", "num_rows"}
@@ -322,7 +323,7 @@ def main() -> None:
         """Those that are missing take turns."""
         return shard not in there and (shard - bisect.bisect_left(shards, shard)) % count == rank
 
-    load_size = max(1, args.batch_size // len(rows.views.places))
+    load_size = max(1, min(args.batch_size, VIEWS_IN_A_LOAD) // len(rows.views.places))
     plan = Plan(dataset, args.shard_size, load_size, wanted_here, provenance.num_images)
     mine, workers = plan.shards(), args.num_workers
     total = None if mine is None else min(len(mine) * args.shard_size, plan.num_images)
