@@ -226,7 +226,7 @@ def finish(folder: Path, provenance: Provenance, num_images: int | None, rows: T
     """Writes what belongs to the whole, once all shards are there; the provenance last.
 
     Raises:
-        ValueError: shards are missing, or there are no images.
+        ValueError: shards are missing, there are no images, or none that can be read.
     """
     infos = []
     while (info := shard_info(shard_path(folder, provenance.split, len(infos)))) is not None:
@@ -241,6 +241,9 @@ def finish(folder: Path, provenance: Provenance, num_images: int | None, rows: T
             "the same command again, it writes what is missing."
         )
     unreadable = [line for info in infos for line in info["unreadable"]]
+    if len(unreadable) == found:
+        key, reason = unreadable[0]
+        raise ValueError(f"None of the {found:,} images of {provenance.source} can be read; {key}: {reason}")
     if unreadable:
         text = "".join(f"{key}\t{reason}\n" for key, reason in unreadable)
         write_whole(folder / UNREADABLE, lambda path: path.write_text(text))
@@ -251,8 +254,7 @@ def finish(folder: Path, provenance: Provenance, num_images: int | None, rows: T
         num_rows=sum(info["num_rows"] for info in infos),
     )
     paths = [shard_path(folder, done.split, number) for number in range(len(infos))]
-    if done.num_rows:
-        draw_rows(rows.model, spread_rows(paths, DRAWN), folder / PICTURE)
+    draw_rows(rows.model, spread_rows(paths, DRAWN), folder / PICTURE)
     write_card(folder, done, list(rows.features))
     done.save(folder)
     return done
