@@ -288,6 +288,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.push_to_hub and (args.private or args.revision):
         parser.error("--private and --revision have no effect without --push_to_hub")
+    split_name(args.split)  # before anything is read
     ten_crop_ratio = args.ten_crop_ratio or (1.1 if args.crops == 10 else None)
     on_cpu = args.device is not None and args.device.type == "cpu"
     # processes wait for the slowest one at the end

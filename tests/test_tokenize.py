@@ -479,6 +479,25 @@ def test_a_folder_of_something_else_is_left_alone(work):
 
 
 @pytest.mark.parametrize(
+    "more, message",
+    [
+        (("--data", "no/where/at all"), "does not exist"),
+        (("--model_name_or_path", "nowhere"), "nowhere cannot be loaded"),
+        (("--model_name_or_path", "images"), "images cannot be loaded"),
+        (("--image_size", "20"), "multiple of the tokenizer's patch, 8 px"),
+        (("--native_size", "--image_size", "32"), "no effect beside native_size"),
+        (("--split", "[:3]"), "must begin with the name of a split"),
+        (("--private",), "no effect without --push_to_hub"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_leave_nothing(work, more, message):
+    said = tokenize(*more, fails=True)
+    lines = [line for line in said.splitlines() if "error: " in line]
+    assert len(lines) == 1 and message in lines[0] and "Traceback" not in said
+    assert not os.path.exists("tokens")
+
+
+@pytest.mark.parametrize(
     "arguments, message",
     [
         ({"image_size": 20}, "must be a positive multiple of the tokenizer's patch, 8 px"),

@@ -191,7 +191,3 @@ def _with_endpoint(api, url):
         begin(self, *arguments, **{**options, "endpoint": url})
 
     return __init__
-
-
-def test_options_of_a_push_need_a_push(work):
-    assert "no effect without --push_to_hub" in tokenize("--private", fails=True)
