@@ -40,10 +40,10 @@ from eval.files import write_whole
 from eval.options import present_device, whole_number
 from generation.provenance import Provenance, library_versions
 from generation.shards import Plan, shard_path
-from generation.tokenize_images import write_shards
+from generation.tokenize_images import VIEWS_IN_A_LOAD, write_shards
 from generation.tokenizing import TokenRows, prepare
+from reading.files import dataset_of_files, find_images
 from reading.images import decode_image
-from reading.sources import dataset_of_files, find_images
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -81,7 +81,7 @@ def provenance_of(rows: TokenRows, shard_size: int) -> Provenance:
 
 
 def ours(rows: TokenRows, records, folder: Path, args: argparse.Namespace) -> None:
-    plan = Plan(records, args.shard_size, args.batch_size, lambda shard: True)
+    plan = Plan(records, args.shard_size, min(args.batch_size, VIEWS_IN_A_LOAD), lambda shard: True)
     with tqdm(disable=True) as bar:
         write_shards(plan, rows, folder, provenance_of(rows, args.shard_size), args.num_workers, bar)
 
@@ -176,20 +176,20 @@ def memory(rows: TokenRows, args: argparse.Namespace) -> dict:
     features = datasets.Features({"image": datasets.Image(decode=False)})
     arguments = {"length": args.memory_images, "size": rows.views.image_size}
     stream = datasets.IterableDataset.from_generator(synthetic, features=features, gen_kwargs=arguments)
-    me, seen = psutil.Process(), {}
+    me, seen, load_size = psutil.Process(), {}, min(args.batch_size, VIEWS_IN_A_LOAD)
 
     class Watched(Plan):
         def __iter__(self):
             for number, load in enumerate(super().__iter__()):
-                if number % max(1, args.memory_images // args.batch_size // 20) == 0:
+                if number % max(1, args.memory_images // load_size // 20) == 0:
                     processes = [me, *me.children(recursive=True)]
-                    seen[number * args.batch_size] = sum(process.memory_info().rss for process in processes) / 2**20
-                    tqdm.write(f"{number * args.batch_size:,} images: {list(seen.values())[-1]:,.0f} MB")
+                    seen[number * load_size] = sum(process.memory_info().rss for process in processes) / 2**20
+                    tqdm.write(f"{number * load_size:,} images: {seen[number * load_size]:,.0f} MB")
                 yield load
 
     folder = Path(tempfile.mkdtemp(dir=args.output_dir))
     begin = time.perf_counter()
-    plan = Watched(stream, args.shard_size, args.batch_size, lambda shard: True)
+    plan = Watched(stream, args.shard_size, load_size, lambda shard: True)
     with tqdm(total=args.memory_images, unit="image") as bar:
         write_shards(plan, rows, folder, provenance_of(rows, args.shard_size), args.num_workers, bar)
     seconds = time.perf_counter() - begin

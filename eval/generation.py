@@ -43,7 +43,7 @@ from eval.protocol import GENERATION_FOLDER, GenerationProtocol, Protocol, names
 from eval.reconstruction import evaluate, progress_key, remove_progress, start
 from eval.results import code_hash, library_versions, remove_results, title
 from eval.rfid.rfid import Moments, frechet_distance
-from reading.sources import dataset_of_files, find_images
+from reading.files import dataset_of_files, find_images
 
 
 MANIFOLD = ("precision", "recall", "density", "coverage")

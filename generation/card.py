@@ -137,7 +137,7 @@ def spread_rows(shards: list[Path], count: int) -> list[np.ndarray]:
     """The tokens of `count` rows (all, if there are no more) from all over the dataset, (height, width) each."""
     lengths = [pq.read_metadata(shard).num_rows for shard in shards]
     total, grids, start = sum(lengths), [], 0
-    wanted = sorted({number * total // count for number in range(count)}) if total else []
+    wanted = sorted({number * total // count for number in range(count)})
     for shard, length in zip(shards, lengths):
         places = [place - start for place in wanted if start <= place < start + length]
         if places:

@@ -55,8 +55,14 @@ def write_shard(path: Path, rows: pa.Table, num_images: int, unreadable: list[li
     """
     info = {"num_images": num_images, "unreadable": unreadable, "tokenizer_hash": tokenizer_hash}
     rows = rows.replace_schema_metadata({**rows.schema.metadata, INFO: json.dumps(info)})
-    # codes as indices into a dictionary, as every reader knows it: close to the bits that tell them apart
-    write_whole(path, lambda file: pq.write_table(rows, file, row_group_size=ROWS_IN_A_GROUP, compression="zstd"))
+
+    def write(file: Path) -> None:
+        # codes as indices into a dictionary, as every reader knows it: close to the bits that tell them apart
+        with pq.ParquetWriter(file, rows.schema, compression="zstd") as writer:
+            if len(rows):  # datasets cannot read a group without rows
+                writer.write_table(rows, row_group_size=ROWS_IN_A_GROUP)
+
+    write_whole(path, write)
 
 
 def shard_info(path: Path) -> dict | None:

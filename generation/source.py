@@ -9,23 +9,23 @@ import pyarrow.compute as pc
 
 from eval.commands import ends_in_one_line
 from reading.images import BELOW, image_name
-from reading.sources import load_images
+from reading.sources import open_source
 
 
 def open_images(args: argparse.Namespace) -> datasets.Dataset | datasets.IterableDataset:
-    """The source: columns `image` (encoded) and, where it has them, `key`, `label` and `text`."""
+    """The source: columns `image` (encoded) and, where it has them, `label` and `text`."""
+    columns = {f"{name}_column": getattr(args, f"{name}_column") for name in ("image", "label", "text")}
     with ends_in_one_line(ValueError):  # such as a split that it does not have
-        dataset = load_images(
-            args.data, args.split, args.dataset_config_name, args.image_column, args.streaming, token=args.token
-        )
-    if os.path.isdir(args.data):
-        classes = [record["path"].rpartition(BELOW)[2].split("/") for record in dataset["image"]]
-        if all(len(parts) > 1 for parts in classes):
-            names = sorted({parts[0] for parts in classes})
-            numbers = {name: number for number, name in enumerate(names)}
-            labels = [numbers[parts[0]] for parts in classes]
-            dataset = dataset.add_column("label", labels, feature=datasets.ClassLabel(names=names))
-    return dataset
+        return open_source(args.data, args.split, args.dataset_config_name, args.streaming, token=args.token, **columns)
+
+
+def labels_and_texts(dataset: datasets.Dataset | datasets.IterableDataset) -> dict:
+    """The features of the columns `label` and `text`, of those that there are; where a stream does not tell, after its
+    first image."""
+    if dataset.features is not None:
+        return {name: dataset.features[name] for name in ("label", "text") if name in dataset.features}
+    kinds = {name: value for name, value in next(iter(dataset), {}).items() if name in ("label", "text")}
+    return {name: datasets.Value("int64" if isinstance(value, int) else "string") for name, value in kinds.items()}
 
 
 def source_hash(dataset: datasets.Dataset | datasets.IterableDataset) -> str:

@@ -32,11 +32,11 @@ from tqdm import tqdm
 
 from eval.commands import ends_in_one_line
 from eval.files import write_whole
-from eval.options import present_device, whole_number
+from eval.options import add_source_options, present_device, whole_number
 from generation.card import PICTURE, dataset_card, draw_rows, shown, spread_rows, write_card
 from generation.provenance import PROVENANCE, Provenance, library_versions
 from generation.shards import Plan, loader, shard_info, shard_path, split_name, write_shard
-from generation.source import open_images, source_hash
+from generation.source import labels_and_texts, open_images, source_hash
 from generation.tokenizing import TokenRows, prepare
 from reading.models import load_any
 
@@ -44,6 +44,7 @@ from reading.models import load_any
 RUN = "run.json"  # how fast the latest run was: no part of the dataset
 UNREADABLE = "unreadable_images.txt"
 DRAWN = 16
+VIEWS_IN_A_LOAD = 16  # that a worker hands over: many wait in shared memory
 # of the provenance, what may differ when a run goes on: names, and what is known later
 MAY_DIFFER = {"model_name_or_path", "revision", "source", "share_changed_by_dtype"}
 MAY_DIFFER |= {"num_images", "num_unreadable", "num_rows"}
@@ -52,14 +53,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 what = parser.add_argument_group("tokenizer and images")
 what.add_argument("--model_name_or_path", required=True, help="A tokenizer: a folder, or a repository of the hub.")
 what.add_argument("--model_revision", help="Branch, tag or commit of a tokenizer of the hub.")
-what.add_argument(
-    "--data",
-    required=True,
-    help="A folder of images (its sub-folders are classes), a .txt list of files, or a dataset of the hub.",
-)
-what.add_argument("--split", default="train", help="Of a dataset of the hub; also names the shards (default: train).")
-what.add_argument("--dataset_config_name", help="Of a dataset of the hub.")
-what.add_argument("--image_column", default="image", help="Of a dataset of the hub (default: image).")
+add_source_options(what, split="train", required=True, columns=("image", "label", "text"))
 what.add_argument("--streaming", action="store_true", help="Read a dataset of the hub without downloading it first.")
 what.add_argument("--max_samples", type=whole_number(), help="No more than the first so many images.")
 views = parser.add_argument_group("views of an image")
@@ -106,7 +100,7 @@ hub.add_argument("--token", help="Of the hub (default: that of `hf auth login`).
 
 def provenance_of(args: argparse.Namespace, rows: TokenRows, dataset) -> Provenance:
     """How the rows of this command will have been made."""
-    label, config = (dataset.features or {}).get("label"), rows.model.config
+    label, config = rows.features.get("label"), rows.model.config
     return Provenance(
         model_name_or_path=rows.model_name_or_path,
         revision=rows.revision,
@@ -225,7 +219,7 @@ def finish(folder: Path, provenance: Provenance, num_images: int | None, rows: T
     """Writes what belongs to the whole, once all shards are there; the provenance last.
 
     Raises:
-        ValueError: shards are missing, or there are no images.
+        ValueError: shards are missing, there are no images, or none that can be read.
     """
     infos = []
     while (info := shard_info(shard_path(folder, provenance.split, len(infos)))) is not None:
@@ -240,6 +234,9 @@ def finish(folder: Path, provenance: Provenance, num_images: int | None, rows: T
             "the same command again, it writes what is missing."
         )
     unreadable = [line for info in infos for line in info["unreadable"]]
+    if len(unreadable) == found:
+        key, reason = unreadable[0]
+        raise ValueError(f"None of the {found:,} images of {provenance.source} can be read; {key}: {reason}")
     if unreadable:
         text = "".join(f"{key}\t{reason}\n" for key, reason in unreadable)
         write_whole(folder / UNREADABLE, lambda path: path.write_text(text))
@@ -250,8 +247,7 @@ def finish(folder: Path, provenance: Provenance, num_images: int | None, rows: T
         num_rows=sum(info["num_rows"] for info in infos),
     )
     paths = [shard_path(folder, done.split, number) for number in range(len(infos))]
-    if done.num_rows:
-        draw_rows(rows.model, spread_rows(paths, DRAWN), folder / PICTURE)
+    draw_rows(rows.model, spread_rows(paths, DRAWN), folder / PICTURE)
     write_card(folder, done, list(rows.features))
     done.save(folder)
     return done
@@ -285,6 +281,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.push_to_hub and (args.private or args.revision):
         parser.error("--private and --revision have no effect without --push_to_hub")
+    split_name(args.split)  # before anything is read
     ten_crop_ratio = args.ten_crop_ratio or (1.1 if args.crops == 10 else None)
     on_cpu = args.device is not None and args.device.type == "cpu"
     # processes wait for the slowest one at the end
@@ -293,7 +290,6 @@ def main() -> None:
     if args.max_samples is not None:
         is_stream = isinstance(dataset, datasets.IterableDataset)
         dataset = dataset.take(args.max_samples if is_stream else min(args.max_samples, len(dataset)))
-    features = dataset.features or {}
     rows = TokenRows(
         args.model_name_or_path,
         args.model_revision,
@@ -305,8 +301,7 @@ def main() -> None:
         batch_size=args.batch_size,
         dtype=args.dtype,
         device=args.device or state.device,
-        label=features.get("label"),
-        text=features.get("text"),
+        **labels_and_texts(dataset),
     )
     folder, wanted = args.output_dir, provenance_of(args, rows, dataset)
     provenance = begun(folder, wanted)
@@ -324,7 +319,7 @@ def main() -> None:
         """Those that are missing take turns."""
         return shard not in there and (shard - bisect.bisect_left(shards, shard)) % count == rank
 
-    load_size = max(1, args.batch_size // len(rows.views.places))
+    load_size = max(1, min(args.batch_size, VIEWS_IN_A_LOAD) // len(rows.views.places))
     plan = Plan(dataset, args.shard_size, load_size, wanted_here, provenance.num_images)
     mine, workers = plan.shards(), args.num_workers
     total = None if mine is None else min(len(mine) * args.shard_size, plan.num_images)

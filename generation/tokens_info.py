@@ -55,7 +55,7 @@ class Contents:
 
     @property
     def perplexity(self) -> float:
-        shares = self.counts[self.counts > 0] / max(1, self.counts.sum())
+        shares = self.counts[self.counts > 0] / self.counts.sum()
         return float(np.exp(-(shares * np.log(shares)).sum()))
 
 
@@ -129,13 +129,12 @@ def report(folder: Path, provenance: Provenance, found: Contents) -> str:
         f"tokenizer    {provenance.model_name_or_path}, {provenance.tokenizer_hash}",
         f"images       {provenance.num_images:,}, {provenance.num_unreadable:,} of them unreadable",
         f"rows         {provenance.num_rows:,} in {len(found.shards):,} shards",
-        f"grids        {shown or 'none'}" + (f", and {len(grids) - 3} others" if len(grids) > 3 else ""),
+        f"grids        {shown}" + (f", and {len(grids) - 3} others" if len(grids) > 3 else ""),
         f"tokens       {tokens:,}",
         f"codes used   {used:,} of {provenance.codebook_size:,} ({used / provenance.codebook_size:.1%})",
         f"perplexity   {found.perplexity:,.1f}",
+        f"bytes        {found.num_bytes:,}, {found.num_bytes / tokens:.2f} a token",
     ]
-    if tokens:
-        lines.append(f"bytes        {found.num_bytes:,}, {found.num_bytes / tokens:.2f} a token")
     run = folder / "run.json"
     if run.is_file():
         latest = json.loads(run.read_text())
@@ -152,7 +151,7 @@ def main() -> None:
     provenance = Provenance.load(args.folder)
     found = read_shards(args.folder, provenance)
     print(report(args.folder, provenance, found))
-    if args.decode is None or not provenance.num_rows:
+    if args.decode is None:
         return
     name = args.model_name_or_path or provenance.model_name_or_path
     revision = provenance.revision if name == provenance.model_name_or_path else None

@@ -135,3 +135,19 @@ def saved_model(tmp_path):
     model.save_pretrained(tmp_path / "model")
     VQRAEImageProcessor.for_image_size(32).save_pretrained(tmp_path / "model")
     return model
+
+
+# Tokens ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch, saved_model):
+    """A folder with a tokenizer and 14 images of two classes, of several sizes."""
+    monkeypatch.chdir(tmp_path)
+    generator = np.random.default_rng(0)
+    for number in range(14):
+        file = tmp_path / "images" / ("cats" if number < 5 else "dogs") / f"{number:02d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        noise = generator.integers(0, 256, (4, 5, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize(((26, 40, 17)[number % 3], (30, 19)[number % 2])).save(file)
+    return tmp_path

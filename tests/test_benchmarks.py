@@ -5,12 +5,15 @@ import os
 import runpy
 import sys
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from test_loading import ROOT
 
-from benchmarks import evaluation, generation
+from benchmarks import evaluation, generation, tokenize
 from benchmarks.collapse import keep_apart
-from reading.files import find_images
+from generation.tokenizing import TokenRows
+from reading.files import dataset_of_files, find_images
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
@@ -51,3 +54,16 @@ def test_the_loops_of_generation_draw_codes_and_ours_those_of_the_loop_without_a
         tokens = loops.llamagen()
         assert tokens.shape == (3, 9) and 0 <= tokens.min() and tokens.max() < 32
     assert "| ours (generate) |" in generation.table(result, 3)
+
+
+def test_the_ways_of_tokenizing_write_the_same_tokens(saved_model, image_folder, tmp_path):
+    rows, records = TokenRows(str(tmp_path / "model"), batch_size=4), dataset_of_files(find_images(image_folder))
+    given = ["--model_name_or_path", "model", "--output_dir", "out", "--batch_size", "4", "--num_workers", "0"]
+    args = tokenize.parser.parse_args([*given, "--shard_size", "12"])
+    for way in (tokenize.ours, tokenize.as_llamagen, tokenize.as_rar):
+        (tmp_path / way.__name__).mkdir()
+        way(rows, records, tmp_path / way.__name__, args)
+    ours = pq.read_table(tmp_path / "ours" / "train-00000.parquet")["image_tokens"].to_pylist()
+    codes = [np.load(tmp_path / "as_llamagen" / "codes" / f"{number}.npy").ravel().tolist() for number in range(12)]
+    lines = (tmp_path / "as_rar" / "pretokenized.jsonl").read_text().splitlines()
+    assert ours == codes == [json.loads(line)["tokens"] for line in lines]

@@ -25,7 +25,7 @@ from eval.image_features import ImageFeatures
 from eval.manifolds import manifold_metrics, nearest, radii
 from eval.protocol import GENERATION_FOLDER, GenerationProtocol, Protocol, names
 from eval.rfid.rfid import InceptionV3
-from reading.sources import find_images
+from reading.files import find_images
 
 
 def points(count: int, seed: int, width: int = 6) -> torch.Tensor:

@@ -17,6 +17,7 @@ from test_docs import blocks
 
 import train_hf
 from eval import probe, reference_statistics
+from generation import tokenize_images
 from modeling_simvq import VQRAEModel
 from reading.images import decode_image, image_name
 from reading.sources import find_source, load_images, open_source
@@ -375,3 +376,16 @@ def test_the_snippet_of_the_document_runs(tmp_path, monkeypatch, capsys):
     (code,) = blocks("docs/data.md")
     exec(code, {})
     assert capsys.readouterr().out.strip().endswith("['image', 'label'] Image(mode=None, decode=False)")
+
+
+@pytest.mark.parametrize("kind", ["zip", "braces of tars", "folder of parquet", "saved"])
+def test_tokenizing_takes_every_kind_with_labels_and_captions(kind, tmp_path, monkeypatch):
+    VQRAEModel(tiny_config()).save_pretrained(tmp_path / "model")
+    flags = ["--model_name_or_path", tmp_path / "model", "--data", make(kind, tmp_path), "--num_workers", 0]
+    monkeypatch.setattr(sys, "argv", ["tokenize_images.py", *map(str, [*flags, "--output_dir", tmp_path / "tokens"])])
+    tokenize_images.main()
+    rows = datasets.load_dataset("parquet", data_files=str(tmp_path / "tokens" / "*.parquet"), split="train")
+    assert len(rows) == COUNT
+    assert rows["label"] == [int(class_of(number) == "red") for number in range(COUNT)]
+    if kind != "zip":
+        assert rows["text"] == [caption_of(number) for number in range(COUNT)]

@@ -34,23 +34,6 @@ from modeling_simvq_gan import SimVQGANModel
 from reading.images import decode_image
 
 
-@pytest.fixture
-def work(tmp_path, monkeypatch):
-    """A folder with a tokenizer and 14 images of two classes, of several sizes."""
-    monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    model = VQRAEModel(tiny_config()).eval()
-    model.save_pretrained("model")
-    VQRAEImageProcessor.for_image_size(32).save_pretrained("model")
-    generator = np.random.default_rng(0)
-    for number in range(14):
-        file = tmp_path / "images" / ("cats" if number < 5 else "dogs") / f"{number:02d}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        noise = generator.integers(0, 256, (4, 5, 3), dtype=np.uint8)
-        Image.fromarray(noise).resize(((26, 40, 17)[number % 3], (30, 19)[number % 2])).save(file)
-    return tmp_path
-
-
 def tokenize(*arguments, output="tokens", fails=False, workers=0):
     """Runs the command here; gives what it wrote, but for run.json, or with `fails` what it says."""
     command = ["--model_name_or_path", "model", "--data", "images", "--output_dir", output, "--shard_size", "3"]
@@ -228,14 +211,23 @@ def test_what_bfloat16_changes_is_measured_on_the_first_batch(work, capsys):
 
 
 def test_an_unreadable_image_is_named_and_has_no_row(work):
-    (work / "images" / "cats" / "02.png").write_bytes(b"no image")
+    """Also where a shard has no other."""
+    for number in range(3):
+        (work / "images" / "cats" / f"0{number}.png").write_bytes(b"no image")
     written = tokenize()
     done = Provenance.load("tokens")
-    assert (done.num_images, done.num_unreadable, done.num_rows) == (14, 1, 13)
-    (line,) = written["unreadable_images.txt"].decode().splitlines()
-    assert line.startswith("cats/02.png\t") and str(work) not in line
-    assert "cats/02.png" not in [row["key"] for row in rows_of()]
-    assert "; 1 could not be read" in written["README.md"].decode()
+    assert (done.num_images, done.num_unreadable, done.num_rows) == (14, 3, 11)
+    lines = written["unreadable_images.txt"].decode().splitlines()
+    assert [line.split("\t")[0] for line in lines] == ["cats/00.png", "cats/01.png", "cats/02.png"]
+    assert not any(str(work) in line for line in lines) and "cannot identify" in lines[0]
+    assert [row["key"] for row in rows_of()][:2] == ["cats/03.png", "cats/04.png"]
+    assert "; 3 could not be read" in written["README.md"].decode()
+
+
+def test_images_of_which_none_can_be_read_are_an_error(work):
+    for path in (work / "images").rglob("*.png"):
+        path.write_bytes(b"no image")
+    assert "None of the 14 images of images can be read; cats/00.png: " in tokenize(fails=True)
 
 
 # The same callable elsewhere ----------------------------------------------------------------------------------------
@@ -283,9 +275,10 @@ def test_the_callable_works_on_two_workers_of_ray(work, monkeypatch):
     for part in range(3):
         images.shard(3, part).to_parquet(f"image_parquet/{part}.parquet")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    ray.init(num_cpus=2, include_dashboard=False)
+    ray.init(num_cpus=4, include_dashboard=False)  # two workers, and whoever reads and writes
     names = {}
     try:
+        code = code.replace('"image_parquet"', '"image_parquet", override_num_blocks=3')  # small ones would be joined
         exec(code.replace('"checkpoints', f'"{work}/checkpoints'), names)
         assert names["workers"] == 2
         found = datasets.Dataset.from_parquet([str(path) for path in (work / "ray_tokens").iterdir()]).to_list()
@@ -357,6 +350,15 @@ def test_a_stream_gives_the_same_shards_also_when_interrupted(work, monkeypatch,
     assert shards(tokenize(*size, workers=1)) == whole
     assert Provenance.load("tokens").num_images == 14
     assert len(shards(tokenize("--max_samples", 4, output="few/tokens"))) == 2
+
+
+def test_captions_come_along_also_where_a_stream_does_not_tell_of_them(work, monkeypatch):
+    images = [{"image": {"path": f"images/cats/0{number}.png", "bytes": None}, "text": "Käfer"} for number in (0, 1)]
+    unknown = datasets.IterableDataset.from_generator(lambda: iter(images))
+    assert unknown.features is None
+    monkeypatch.setattr(tokenize_images, "open_images", lambda args: unknown)
+    tokenize()
+    assert [row["text"] for row in rows_of()] == ["Käfer"] * 2
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])
@@ -474,6 +476,25 @@ def test_a_folder_of_something_else_is_left_alone(work):
     pq.write_table(pa.table({"a": [1]}), "tokens/train-00000.parquet")
     assert "parquet files and no provenance.json" in tokenize(fails=True)
     assert os.listdir("tokens") == ["train-00000.parquet"]
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (("--data", "no/where/at all"), "does not exist"),
+        (("--model_name_or_path", "nowhere"), "nowhere cannot be loaded"),
+        (("--model_name_or_path", "images"), "images cannot be loaded"),
+        (("--image_size", "20"), "multiple of the tokenizer's patch, 8 px"),
+        (("--native_size", "--image_size", "32"), "no effect beside native_size"),
+        (("--split", "[:3]"), "must begin with the name of a split"),
+        (("--private",), "no effect without --push_to_hub"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_leave_nothing(work, more, message):
+    said = tokenize(*more, fails=True)
+    lines = [line for line in said.splitlines() if "error: " in line]
+    assert len(lines) == 1 and message in lines[0] and "Traceback" not in said
+    assert not os.path.exists("tokens")
 
 
 @pytest.mark.parametrize(

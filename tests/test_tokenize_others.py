@@ -12,7 +12,7 @@ import torch
 from conftest import tiny_config
 from hub import TOKEN, LocalHub
 from PIL import Image
-from test_tokenize import rows_of, tokenize, work  # noqa: F401
+from test_tokenize import rows_of, tokenize
 
 from generation import export_tokens, tokenize_images, tokens_info
 from generation.provenance import Provenance, tokenizer_hash
@@ -36,7 +36,7 @@ def call(command, *arguments, capsys=None, fails=False):
 # Looked at ----------------------------------------------------------------------------------------------------------
 
 
-def test_info_counts_what_is_there(work, capsys):  # noqa: F811
+def test_info_counts_what_is_there(work, capsys):
     tokenize("--flip")
     said = call(tokens_info, "tokens", capsys=capsys)
     tokens = np.concatenate([row["image_tokens"] for row in rows_of()])
@@ -53,7 +53,7 @@ def test_info_counts_what_is_there(work, capsys):  # noqa: F811
         assert text in said
 
 
-def test_info_draws_rows_by_their_own_tokenizer_alone(work, capsys):  # noqa: F811
+def test_info_draws_rows_by_their_own_tokenizer_alone(work, capsys):
     tokenize("--native_size")
     call(tokens_info, "tokens", "--decode", 14, "--output_file", "rows.png", capsys=capsys)
     with Image.open("rows.png") as picture:  # places of 40 x 24 px for the largest
@@ -86,14 +86,14 @@ def rewritten(shard: str, **columns) -> None:
         (lambda rows: {"width": pa.array([3] * len(rows), pa.int32())}, "not height times width"),
     ],
 )
-def test_info_finds_what_is_not_as_the_provenance_says(work, capsys, damage, message):  # noqa: F811
+def test_info_finds_what_is_not_as_the_provenance_says(work, capsys, damage, message):
     tokenize()
     rewritten("tokens/train-00003.parquet", **damage(pq.read_table("tokens/train-00003.parquet")))
     said = call(tokens_info, "tokens", capsys=capsys, fails=True)
     assert "train-00003.parquet" in said and message in said
 
 
-def test_info_misses_shards_and_images_and_finds_strays(work, capsys):  # noqa: F811
+def test_info_misses_shards_and_images_and_finds_strays(work, capsys):
     tokenize()
     shard = work / "tokens" / "train-00004.parquet"
     content = shard.read_bytes()
@@ -116,7 +116,7 @@ def test_info_misses_shards_and_images_and_finds_strays(work, capsys):  # noqa: 
 # Exported -----------------------------------------------------------------------------------------------------------
 
 
-def test_llamagen_reads_what_is_exported_for_it(work, capsys):  # noqa: F811
+def test_llamagen_reads_what_is_exported_for_it(work, capsys):
     """As its `CustomDataset` does: files by number, all views in one, one of them drawn where "flip" is in the path."""
     tokenize("--crops", 10)
     said = call(export_tokens, "tokens", "--format", "llamagen", "--output_dir", "codes_flip", capsys=capsys)
@@ -137,7 +137,7 @@ def test_llamagen_reads_what_is_exported_for_it(work, capsys):  # noqa: F811
     assert "is not empty" in call(export_tokens, *arguments, capsys=capsys, fails=True)
 
 
-def test_rar_reads_what_is_exported_for_it(work, capsys):  # noqa: F811
+def test_rar_reads_what_is_exported_for_it(work, capsys):
     """As its `PretoeknizedDataSetJSONL` does, a line at a time."""
     tokenize("--flip")
     call(export_tokens, "tokens", "--format", "rar", "--output_dir", "rar", capsys=capsys)
@@ -148,7 +148,7 @@ def test_rar_reads_what_is_exported_for_it(work, capsys):  # noqa: F811
 
 
 @pytest.mark.parametrize("form", ["llamagen", "rar"])
-def test_what_these_formats_cannot_hold_is_refused(work, capsys, form):  # noqa: F811
+def test_what_these_formats_cannot_hold_is_refused(work, capsys, form):
     where = "--format", form, "--output_dir", "out"
     tokenize("--native_size", output="native")
     assert "in their own sizes" in call(export_tokens, "native", *where, capsys=capsys, fails=True)
@@ -160,7 +160,7 @@ def test_what_these_formats_cannot_hold_is_refused(work, capsys, form):  # noqa:
 # Pushed -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_pushed_dataset_has_all_but_paths_of_this_machine(work, monkeypatch):  # noqa: F811
+def test_a_pushed_dataset_has_all_but_paths_of_this_machine(work, monkeypatch):
     arguments = "--push_to_hub", "me/tokens", "--private", "--revision", "v1", "--token", TOKEN
     (work / "images" / "cats" / "02.png").write_bytes(b"no image")
     with LocalHub() as hub:
@@ -191,7 +191,3 @@ def _with_endpoint(api, url):
         begin(self, *arguments, **{**options, "endpoint": url})
 
     return __init__
-
-
-def test_options_of_a_push_need_a_push(work):  # noqa: F811
-    assert "no effect without --push_to_hub" in tokenize("--private", fails=True)
