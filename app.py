@@ -1,8 +1,10 @@
 #!/usr/bin/env python
-"""A page on which to try an image tokenizer: reconstructions, its codebook, and tokens replaced by hand.
+"""A page on which to try an image tokenizer: reconstructions, its codebook, tokens replaced by hand; and new images,
+where there is a generator.
 
     python app.py
     python app.py --model runs/quickstart
+    python app.py --model runs/tokenizer --generator runs/generator
 
 docs/demo.md tells how to make a Hugging Face Space of it. No code that comes with a model is run, and the page loads
 nothing from elsewhere.
@@ -27,6 +29,7 @@ from eval.metrics import to_uint8
 from eval.psnr.psnr import psnr_per_image
 from eval.results import code_chart
 from eval.token_maps import check_code, code_colors, code_pixels, neighbours, replace_tokens, token_map
+from generation.demo import Generator
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import ImageTokenizer
 from reading.files import find_images
@@ -36,6 +39,7 @@ from reading.models import load_pretrained, load_processor
 
 ROOT = Path(__file__).parent
 DEFAULT_MODEL = ROOT / "checkpoints" / "vqrae-dinov2-small"
+DEFAULT_GENERATOR = ROOT / "checkpoints" / "emoji-llama"
 EXAMPLES = ROOT / "examples" / "images"
 # to choose from; for the usage of the codebook, all of the folder are counted
 SHOWN = ("astronaut.jpg", "chelsea.jpg", "coffee.jpg", "rocket.jpg", "emoji-1f304.webp", "emoji-1f42f.webp")
@@ -238,12 +242,56 @@ class Tokenizer:
         return token_map(self.model, tokens, self.colors).resize(size, Image.Resampling.NEAREST)
 
 
-def build(tokenizer: Tokenizer, name: str) -> gr.Blocks:
+def build_tabs(generator: Generator, upload, shown: list[str]) -> None:
+    """The tabs of new images.
+
+    Args:
+        upload: makes a field for an image, see `build`.
+        shown: files of examples.
+    """
+
+    def options(prefix: str, guidance: float) -> list:
+        words = {"text": gr.Textbox, "class": gr.Dropdown, "none": gr.Dropdown}[generator.vocabulary.condition]
+        given = {"choices": generator.choices, "value": generator.choices[-1]} if words is gr.Dropdown else {}
+        return [
+            words(label="Of what", elem_id=f"{prefix}-condition", **given),
+            gr.Number(0, label="Seed of the first image", precision=0, elem_id=f"{prefix}-seed"),
+            gr.Slider(1, 8, 4, step=1, label="Images"),
+            gr.Slider(0.0, 5.0, guidance, step=0.1, label="Guidance, 1 is none"),
+            gr.Slider(0.0, 2.0, 1.0, step=0.05, label="Temperature"),
+        ]
+
+    def gallery(name: str) -> gr.Gallery:
+        return gr.Gallery(label="New images", columns=4, interactive=False, format="png", elem_id=name)
+
+    def complete(path: str | None, *entered) -> list[Image.Image]:
+        return generator.complete(read_pixels(path, generator.processor), *entered)
+
+    with gr.Tab("Generate", id="generate"), gr.Row():
+        with gr.Column(scale=2, min_width=260):
+            entered = options("generate", 1.5 if generator.vocabulary.condition == "class" else 1.0)
+            draw = gr.Button("Generate", variant="primary", elem_id="generate")
+        with gr.Column(scale=5):
+            draw.click(told(generator.generate), entered, gallery("generated"))
+    with gr.Tab("Complete", id="complete"), gr.Row():
+        with gr.Column(scale=2, min_width=260):
+            image = upload("Image, whose upper rows are kept", elem_id="complete-upload")
+            gr.Examples(shown, image, label="Examples")
+            rows = generator.vocabulary.height
+            keep = gr.Slider(1, rows - 1, rows // 2, step=1, label=f"Rows of tokens to keep, of {rows}")
+            entered = [image, keep, *options("complete", 1.0)]
+            draw = gr.Button("Complete", variant="primary", elem_id="complete")
+        with gr.Column(scale=5):
+            draw.click(told(complete), entered, gallery("completed"))
+
+
+def build(tokenizer: Tokenizer, name: str, generator: Generator | None = None) -> gr.Blocks:
     """The page.
 
     Args:
         tokenizer: see [`Tokenizer`].
         name: of the model.
+        generator: of new images; `None`: the page has no tabs for these.
     """
     config = tokenizer.model.config
     side, codes = config.grid_size, config.codebook_size
@@ -332,6 +380,8 @@ def build(tokenizer: Tokenizer, name: str) -> gr.Blocks:
                                     "Take its tokens there", variant="primary", size="sm", elem_id="transplant"
                                 )
                             gr.Examples(shown, other, label="Examples")
+            if generator:
+                build_tabs(generator, upload, shown)
 
         outputs = [original, reconstruction, error, tokens_map, text, tokens, before, edited, after, counts]
         rectangle = [top, left, height, width]
@@ -361,14 +411,22 @@ def build(tokenizer: Tokenizer, name: str) -> gr.Blocks:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help=f"A tokenizer: folder or hub repository (default: {DEFAULT_MODEL.name}).")
-    name = parser.parse_args().model
+    parser.add_argument(
+        "--generator",
+        help=f"Makes new images: folder or hub repository (default: {DEFAULT_GENERATOR.name}, if there is no --model).",
+    )
+    args = parser.parse_args()
+    name, generator = args.model, args.generator
     if name is None and not DEFAULT_MODEL.is_dir():
         parser.error(f"{DEFAULT_MODEL} is not there: name a tokenizer with --model.")
+    if generator is None and name is None and DEFAULT_GENERATOR.is_dir():
+        generator = str(DEFAULT_GENERATOR)
     name = name or str(DEFAULT_MODEL)
     model = load_pretrained(name, {}).eval().to("cuda" if torch.cuda.is_available() else "cpu")
     processor = load_processor(name, model.config.image_size)
     examples = [str(path) for path in find_images(EXAMPLES)]
-    page = build(Tokenizer(model, processor, examples), Path(name).name)
+    generator = Generator.load(generator, model) if generator else None
+    page = build(Tokenizer(model, processor, examples), Path(name).name, generator)
     theme = gr.themes.Default(font=["system-ui", "sans-serif"])
     page.launch(theme=theme, css=CSS, footer_links=[], max_file_size="20mb", show_error=True)
 

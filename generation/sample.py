@@ -30,10 +30,16 @@ from eval.networks import weights_hash
 from eval.options import present_device, whole_number
 from eval.pictures import save_rows
 from eval.results import library_versions
-from generation.sampling import check_options, generate_images, load_generator, load_painter
+from generation.sampling import (
+    check_options,
+    first_rows,
+    generate_images,
+    grid_processor,
+    load_generator,
+    load_painter,
+)
 from generation.vocabulary import Vocabulary
 from image_processing_simvq import VQRAEImageProcessor, read_image
-from modeling_simvq import ImageTokenizer
 from reading.models import loading
 from training.hub import on_main_process
 
@@ -97,30 +103,6 @@ def condition_list(
     return [None], [None]
 
 
-def first_rows(
-    tokenizer: ImageTokenizer, vocabulary: Vocabulary, image: Image.Image, keep_rows: int | None
-) -> torch.Tensor:
-    """The tokens of the upper rows of an image, (keep_rows * width,), resized and cropped to the grid.
-
-    Args:
-        keep_rows: of tokens, 1 to height - 1. `None`: half of them.
-
-    Raises:
-        ValueError: so many rows there are not, or nothing would be left to add.
-    """
-    keep = vocabulary.height // 2 if keep_rows is None else keep_rows
-    if not 1 <= keep < vocabulary.height:
-        raise ValueError(f"keep_rows must be from 1 to {vocabulary.height - 1}, the grid less one row, got {keep}.")
-    patch = tokenizer.config.decoder_patch_size
-    height, width = vocabulary.height * patch, vocabulary.width * patch
-    processor = VQRAEImageProcessor(
-        size={"shortest_edge": max(height, width)}, crop_size={"height": height, "width": width}
-    )
-    with torch.inference_mode():
-        pixels = processor(image, return_tensors="pt").pixel_values.to(tokenizer.device)
-        return tokenizer.get_image_tokens(pixels)[0, :keep].flatten().cpu()
-
-
 def check_settings(output: Path, settings: dict) -> None:
     """
     Raises:
@@ -176,7 +158,9 @@ def main() -> None:
     tokenizer = load_painter(vocabulary, args.tokenizer, device)
     first = None
     if args.complete is not None:
-        first = first_rows(tokenizer, vocabulary, read_image(str(args.complete), str(args.complete)), args.keep_rows)
+        image = read_image(str(args.complete), str(args.complete))
+        pixels = grid_processor(tokenizer, vocabulary)(image, return_tensors="pt").pixel_values
+        first = first_rows(tokenizer, vocabulary, pixels, args.keep_rows)
     names = {"generator": args.model_name_or_path, "tokenizer": args.tokenizer or vocabulary.model_name_or_path}
     settings = {
         "weights_sha256": weights_hash(model),

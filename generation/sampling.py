@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM, LogitsProcessor, PreTrainedModel,
 
 from generation.provenance import check_tokenizer
 from generation.vocabulary import Vocabulary
+from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import ImageTokenizer
 from reading.models import load_pretrained, loading
 
@@ -150,6 +151,32 @@ def generate_images(
     tokens = generate_tokens(model, vocabulary, conditions, seeds, **options)
     with torch.inference_mode():
         return tokenizer.decode_image_tokens(tokens.to(tokenizer.device)).float().clamp(0, 1).cpu()
+
+
+def grid_processor(tokenizer: ImageTokenizer, vocabulary: Vocabulary) -> VQRAEImageProcessor:
+    """Makes of any image one that has the grid of a generator."""
+    patch = tokenizer.config.decoder_patch_size
+    height, width = vocabulary.height * patch, vocabulary.width * patch
+    return VQRAEImageProcessor(size={"shortest_edge": max(height, width)}, crop_size={"height": height, "width": width})
+
+
+def first_rows(
+    tokenizer: ImageTokenizer, vocabulary: Vocabulary, pixels: torch.Tensor, keep_rows: int | None = None
+) -> torch.Tensor:
+    """The tokens of the upper rows of an image, (keep_rows * width,), for `generate_tokens` to go on with.
+
+    Args:
+        pixels: (1, 3, H, W) in [0, 1], of the size that `grid_processor` makes.
+        keep_rows: of tokens, 1 to height - 1. `None`: half of them.
+
+    Raises:
+        ValueError: so many rows there are not, or nothing would be left to add.
+    """
+    keep = vocabulary.height // 2 if keep_rows is None else keep_rows
+    if not 1 <= keep < vocabulary.height:
+        raise ValueError(f"keep_rows must be from 1 to {vocabulary.height - 1}, the grid less one row, got {keep}.")
+    with torch.inference_mode():
+        return tokenizer.get_image_tokens(pixels.to(tokenizer.device))[0, :keep].flatten().cpu()
 
 
 def check_options(

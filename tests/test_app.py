@@ -199,10 +199,10 @@ def test_the_page_is_of_the_model_that_is_named(app, monkeypatch, tmp_path):
     model.save_pretrained(tmp_path / "mine")
     built = []
     monkeypatch.setattr(sys, "argv", ["app.py", "--model", str(tmp_path / "mine")])
-    monkeypatch.setattr(app, "build", lambda tokenizer, name: built.append((tokenizer, name)) or mock.Mock())
+    monkeypatch.setattr(app, "build", lambda *given: built.append(given) or mock.Mock())
     app.main()
-    ((tokenizer, name),) = built
-    assert name == "mine" and not tokenizer.model.training
+    ((tokenizer, name, generator),) = built
+    assert name == "mine" and generator is None and not tokenizer.model.training
     assert torch.equal(tokenizer.model.decoder.decoder_pred.weight, model.decoder.decoder_pred.weight)
     assert tokenizer.processor.crop_size.height == 32 and len(tokenizer.examples) > 4
 

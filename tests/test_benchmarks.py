@@ -48,8 +48,8 @@ def test_the_loops_of_generation_draw_codes_and_ours_those_of_the_loop_without_a
     model, vocabulary = generation.random_generator(side=3, codes=32, width=64, layers=1)
     for guidance_scale in (1.0, 1.5):
         loops = generation.Loops(model, vocabulary, 3, guidance_scale)
-        result = generation.compare(loops, repeats=1)
-        assert result["different"] == 0 and min(result[name] for name in ("bare", "ours", "llamagen", "no_cache")) > 0
+        result, different = generation.compare(loops, repeats=1)
+        assert different == 0 and {"bare", "ours", "llamagen", "no_cache"} <= result.keys()
         assert guidance_scale == 1 or (loops.two() == loops.ours()).all()
         tokens = loops.llamagen()
         assert tokens.shape == (3, 9) and 0 <= tokens.min() and tokens.max() < 32

@@ -15,10 +15,12 @@ from test_loading import ROOT
 from torchvision.transforms.functional import pil_to_tensor
 
 from generation import sample, tokenize_images, train
+from generation.demo import Generator
 from generation.provenance import tokenizer_hash
-from generation.sampling import load_painter
+from generation.sampling import generate_images, load_generator, load_painter
 from generation.trainer import GeneratorTrainingArguments
 from generation.vocabulary import Vocabulary
+from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import VQRAEModel
 from training.options import parse, refuse_without_effect, rules_of_trainer
 
@@ -196,3 +198,35 @@ def test_documented_trainings_have_no_option_without_effect(command, tmp_path, m
     known = {name for options in (model, data, training) for name in vars(options)}
     for rule in rules:
         assert {*rule.names.split(), *rule.of.split()} <= known, rule
+
+
+def test_the_demo_draws_what_the_functions_draw(learned):
+    """Painted by the tokenizer of the page if it is the right one, else by the one that the generator names."""
+    page = load_painter(Vocabulary.load(learned / "generator"))
+    shown = Generator.load(str(learned / "generator"), page)
+    assert shown.tokenizer is page and shown.choices == ["anything", *CLASSES]
+    other = VQRAEModel(tiny_config()).eval()
+    assert Generator.load(str(learned / "generator"), other).tokenizer not in (page, other)
+    model, words = load_generator(str(learned / "generator"))
+    options = {"guidance_scale": 2.0, "temperature": 0.5}
+    expected = generate_images(model, words, page, [1, 1], [7, 8], **options)
+    assert shown.generate("flat", 7, 2, 2.0, 0.5) == shown.processor.postprocess(expected)
+    expected = generate_images(model, words, page, [None], [7], temperature=0.5)
+    assert shown.generate("anything", 7, 1, 2.0, 0.5) == shown.processor.postprocess(expected)
+    pixels = pictures()[0][:1]
+    expected = generate_images(
+        model, words, page, [0], [7], first_tokens=page.get_image_tokens(pixels)[0, :2].flatten()
+    )
+    assert shown.complete(pixels, 2, "dots", 7, 1, 1.0, 1.0) == shown.processor.postprocess(expected)
+    with pytest.raises(ValueError, match="Enter a seed"):
+        shown.generate("flat", None, 1, 1.0, 1.0)
+
+
+def test_the_page_has_tabs_for_new_images_where_there_is_a_generator(learned):
+    app = pytest.importorskip("app", reason="gradio is not installed (pip install '.[demo]')")
+    page = load_painter(Vocabulary.load(learned / "generator"))
+    tokenizer = app.Tokenizer(page, VQRAEImageProcessor.for_image_size(32), [])
+    for generator in (None, Generator.load(str(learned / "generator"), page)):
+        blocks = app.build(tokenizer, "mine", generator).blocks.values()
+        tabs = [block.label for block in blocks if isinstance(block, app.gr.Tab)]
+        assert ("Generate" in tabs) == ("Complete" in tabs) == (generator is not None)

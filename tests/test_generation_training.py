@@ -19,8 +19,8 @@ from training.options import parse
 
 
 TEXTS = ["a red dot", "a blue stripe", "a dot", "red red red red stripe"]
-# the last checkpoint is in the middle of an epoch, and the epoch has a small batch at its end
-STEPS = ["--max_steps", "7", "--save_strategy", "steps", "--save_steps", "2", "--logging_steps", "1", "--seed", "3"]
+# 57 images are 4 steps an epoch, the last one a smaller one: the checkpoint is in the middle of the first epoch
+STEPS = ["--max_steps", "7", "--save_strategy", "steps", "--save_steps", "3", "--logging_steps", "1", "--seed", "3"]
 STEPS += ["--gradient_accumulation_steps", "2", "--model_config", TINY.replace("}", ', "attention_dropout": 0.1}')]
 
 
@@ -48,7 +48,7 @@ def assert_equal(a: dict, b: dict) -> None:
 
 def test_a_run_that_is_killed_and_resumed_ends_as_one_that_was_not(folder, tmp_path, monkeypatch, capsys):
     """SIGKILL while the checkpoint of step 6 is written: crops, dropped conditions, attention's dropout, AdamW, the
-    schedule and the averages go on from step 4 to the bit."""
+    schedule and the averages go on from step 3 to the bit."""
     program = tmp_path / "program.py"
     program.write_text(f"""
 import os, signal, sys
@@ -67,7 +67,7 @@ run_training(pytest.MonkeyPatch(), *sys.argv[1:])
     options = ["--train_data", folder, *STEPS]
     killed = finish([program, *options, "--output_dir", tmp_path / "resumed"], tmp_path)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert {path.name for path in (tmp_path / "resumed").glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+    assert {path.name for path in (tmp_path / "resumed").glob("checkpoint-*")} == {"checkpoint-3"}
     run_training(monkeypatch, *options, "--output_dir", tmp_path / "resumed")
     assert "Resuming from" in capsys.readouterr().out
     run_training(monkeypatch, *options, "--output_dir", tmp_path / "whole")
@@ -76,7 +76,7 @@ run_training(pytest.MonkeyPatch(), *sys.argv[1:])
         json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"] for name in ("resumed", "whole")
     ]
     assert [log["loss"] for log in logs[0] if "loss" in log] == [log["loss"] for log in logs[1] if "loss" in log]
-    assert load_generator(str(tmp_path / "whole" / "checkpoint-4"))[1] == Vocabulary.load(tmp_path / "whole")
+    assert load_generator(str(tmp_path / "whole" / "checkpoint-3"))[1] == Vocabulary.load(tmp_path / "whole")
     with pytest.raises(SystemExit):  # tokens of other meaning, or another condition
         run_training(monkeypatch, *options, "--condition", "none", "--output_dir", tmp_path / "whole")
     assert "checkpoints of a generator with another vocabulary" in capsys.readouterr().err
@@ -96,6 +96,13 @@ def test_two_processes_train_what_one_does(folder, tmp_path, monkeypatch):
     assert max((one[name] - two[name]).abs().max() for name in one) < 1e-5
     metrics = [json.loads((tmp_path / name / "eval_results.json").read_text())["eval_loss"] for name in ("one", "two")]
     assert metrics[0] == pytest.approx(metrics[1], abs=1e-5)
+
+
+def test_each_epoch_draws_other_crops(folder, tmp_path, monkeypatch):
+    epochs = []
+    monkeypatch.setattr(ImageSequences, "set_epoch", lambda self, epoch: epochs.append(epoch))
+    run_training(monkeypatch, "--train_data", folder, "--num_train_epochs", 3, "--output_dir", tmp_path)
+    assert epochs == [0, 1, 2]
 
 
 def test_held_out_rows_have_the_loss_that_is_computed_by_hand(folder, tmp_path, monkeypatch):
