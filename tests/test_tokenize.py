@@ -306,7 +306,7 @@ def interrupted(monkeypatch, after: int, *arguments):
         return tokenize(*arguments, fails=True)
 
 
-@pytest.mark.parametrize("more", [(), ("--native_size",), ("--crops", "10"), ("--flip",)])
+@pytest.mark.parametrize("more", [(), ("--native_size",), ("--crops", "10")])
 def test_a_run_that_goes_on_ends_with_the_bytes_of_the_uninterrupted_one(work, monkeypatch, more):
     whole = tokenize(*more, output="whole/tokens")
     interrupted(monkeypatch, 2, *more)
