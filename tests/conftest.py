@@ -2,9 +2,16 @@
 
 import os
 import sys
+import tempfile
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # processes of one run share the cores, and must not write the same copies of the code beside checkpoints
+    threads = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
+    run = f"{os.environ['PYTEST_XDIST_TESTRUNUID']}-{os.environ['PYTEST_XDIST_WORKER']}"
+    os.environ["HF_HOME"] = os.path.join(tempfile.gettempdir(), run)
 
 import numpy as np
 import pytest
