@@ -67,6 +67,23 @@ def _hash(*parts) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
+class Draws:
+    """What is drawn by seed, epoch and key, alike on any machine and in any process. It is no method of the dataset:
+    accelerate would tell one named `set_epoch` of epochs of its own."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that run already see it
+
+    def set_epoch(self, epoch: int) -> None:
+        """Other draws from here on."""
+        self.epoch.fill_(epoch)
+
+    def number(self, what: str, key: str) -> int:
+        """64 bits."""
+        return _hash(what, self.seed, self.epoch.item(), key)
+
+
 class ImageSequences(torch.utils.data.Dataset):
     """One item for each image, whatever the number of its rows (crops, flips): in each epoch one of these is drawn, and
     with probability `condition_dropout` the condition becomes the null condition. Both are decided by seed, epoch and
@@ -92,8 +109,7 @@ class ImageSequences(torch.utils.data.Dataset):
     ) -> None:
         self.rows = rows.with_format("arrow")
         self.keys, self.vocabulary, self.encode_text = keys, vocabulary, encode_text
-        self.condition_dropout, self.seed = condition_dropout, seed
-        self.epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that run already see it
+        self.condition_dropout, self.draws = condition_dropout, Draws(seed)
         column = rows.select_columns("key").with_format("arrow")[:]["key"].combine_chunks().dictionary_encode()
         codes = column.indices.to_numpy()
         order = np.argsort(codes, kind="stable")
@@ -101,21 +117,17 @@ class ImageSequences(torch.utils.data.Dataset):
         number = {key: i for i, key in enumerate(column.dictionary.to_pylist())}
         self._rows_of = [order[ends[i - 1] if i else 0 : ends[i]] for i in (number[key] for key in keys)]
 
-    def set_epoch(self, epoch: int) -> None:
-        """Other draws from here on."""
-        self.epoch.fill_(epoch)
-
     def __len__(self) -> int:
         return len(self.keys)
 
     def row_number(self, index: int) -> int:
         """The row that is drawn for an image."""
         rows = self._rows_of[index]
-        return int(rows[_hash("row", self.seed, self.epoch.item(), self.keys[index]) % len(rows)])
+        return int(rows[self.draws.number("row", self.keys[index]) % len(rows)])
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         row, condition = self.rows[self.row_number(index)], None  # a table, which is much faster than a dict of it
-        draw = _hash("dropout", self.seed, self.epoch.item(), self.keys[index]) / 2**64
+        draw = self.draws.number("dropout", self.keys[index]) / 2**64
         if self.vocabulary.condition != "none" and draw >= self.condition_dropout:
             column = "label" if self.vocabulary.condition == "class" else "text"
             condition = row[column][0].as_py()

@@ -88,7 +88,7 @@ class GeneratorTrainer(CheckpointingTrainer):
         )
         self.vocabulary, self.frequencies = vocabulary, frequencies or {}
         self.tokenizer, self.picture_conditions = tokenizer, picture_conditions or []
-        self.add_callback(EpochOfCrops(train_dataset))
+        self.add_callback(EpochOfCrops(train_dataset.draws))
         self.ema = EMA(model, args.ema_decay) if args.ema_decay else None
         if self.ema:
             self.add_callback(self.ema)

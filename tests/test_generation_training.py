@@ -19,8 +19,8 @@ from training.options import parse
 
 
 TEXTS = ["a red dot", "a blue stripe", "a dot", "red red red red stripe"]
-# 57 images are 4 steps an epoch, the last one a smaller one: the checkpoint is in the middle of the first epoch
-STEPS = ["--max_steps", "7", "--save_strategy", "steps", "--save_steps", "3", "--logging_steps", "1", "--seed", "3"]
+# 57 images are 4 steps an epoch, the last one a smaller one: the checkpoint is in the middle of the second epoch
+STEPS = ["--max_steps", "10", "--save_strategy", "steps", "--save_steps", "5", "--logging_steps", "1", "--seed", "3"]
 STEPS += ["--gradient_accumulation_steps", "2", "--model_config", TINY.replace("}", ', "attention_dropout": 0.1}')]
 
 
@@ -47,8 +47,8 @@ def assert_equal(a: dict, b: dict) -> None:
 
 
 def test_a_run_that_is_killed_and_resumed_ends_as_one_that_was_not(folder, tmp_path, monkeypatch, capsys):
-    """SIGKILL while the checkpoint of step 6 is written: crops, dropped conditions, attention's dropout, AdamW, the
-    schedule and the averages go on from step 3 to the bit."""
+    """SIGKILL while the checkpoint of step 10 is written: crops, dropped conditions, attention's dropout, AdamW, the
+    schedule and the averages go on from step 5 to the bit."""
     program = tmp_path / "program.py"
     program.write_text(f"""
 import os, signal, sys
@@ -58,7 +58,7 @@ from transformers import Trainer
 from generators import run_training
 save = Trainer._save_optimizer_and_scheduler
 def killed(self, output_dir):
-    if self.state.global_step == 6:
+    if self.state.global_step == 10:
         os.kill(os.getpid(), signal.SIGKILL)
     save(self, output_dir)
 Trainer._save_optimizer_and_scheduler = killed
@@ -67,7 +67,7 @@ run_training(pytest.MonkeyPatch(), *sys.argv[1:])
     options = ["--train_data", folder, *STEPS]
     killed = finish([program, *options, "--output_dir", tmp_path / "resumed"], tmp_path)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert {path.name for path in (tmp_path / "resumed").glob("checkpoint-*")} == {"checkpoint-3"}
+    assert {path.name for path in (tmp_path / "resumed").glob("checkpoint-*")} == {"checkpoint-5"}
     run_training(monkeypatch, *options, "--output_dir", tmp_path / "resumed")
     assert "Resuming from" in capsys.readouterr().out
     run_training(monkeypatch, *options, "--output_dir", tmp_path / "whole")
@@ -76,7 +76,7 @@ run_training(pytest.MonkeyPatch(), *sys.argv[1:])
         json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"] for name in ("resumed", "whole")
     ]
     assert [log["loss"] for log in logs[0] if "loss" in log] == [log["loss"] for log in logs[1] if "loss" in log]
-    assert load_generator(str(tmp_path / "whole" / "checkpoint-3"))[1] == Vocabulary.load(tmp_path / "whole")
+    assert load_generator(str(tmp_path / "whole" / "checkpoint-5"))[1] == Vocabulary.load(tmp_path / "whole")
     with pytest.raises(SystemExit):  # tokens of other meaning, or another condition
         run_training(monkeypatch, *options, "--condition", "none", "--output_dir", tmp_path / "whole")
     assert "checkpoints of a generator with another vocabulary" in capsys.readouterr().err
@@ -99,10 +99,18 @@ def test_two_processes_train_what_one_does(folder, tmp_path, monkeypatch):
 
 
 def test_each_epoch_draws_other_crops(folder, tmp_path, monkeypatch):
-    epochs = []
-    monkeypatch.setattr(ImageSequences, "set_epoch", lambda self, epoch: epochs.append(epoch))
+    drawn = []
+    row_number = ImageSequences.row_number
+    monkeypatch.setattr(ImageSequences, "row_number", lambda *given: drawn.append(row_number(*given)) or drawn[-1])
     run_training(monkeypatch, "--train_data", folder, "--num_train_epochs", 3, "--output_dir", tmp_path)
-    assert epochs == [0, 1, 2]
+    words = Vocabulary.load(tmp_path)
+    keys = sorted({f"{i:04d}" for i in range(60)} - {*(tmp_path / "heldout_keys.txt").read_text().split()})
+    sequences = ImageSequences(load_rows(folder)[0], keys, words, seed=42)
+    for epoch in range(3):
+        sequences.draws.set_epoch(epoch)
+        expected = sorted(row_number(sequences, i) for i in range(57))
+        start = 3 + 57 * epoch  # behind those of the models of frequencies
+        assert sorted(drawn[start : start + 57]) == expected
 
 
 def test_held_out_rows_have_the_loss_that_is_computed_by_hand(folder, tmp_path, monkeypatch):

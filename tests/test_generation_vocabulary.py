@@ -119,7 +119,7 @@ def test_an_epoch_has_each_image_once_with_a_crop_drawn_by_seed_epoch_and_key(fo
     sequences = ImageSequences(rows, keys, vocabulary(), condition_dropout=0.3, seed=5)
     epochs = []
     for epoch in range(40):
-        sequences.set_epoch(epoch)
+        sequences.draws.set_epoch(epoch)
         epochs.append([sequences[i]["input_ids"] for i in range(len(sequences))])
         for number, ids in enumerate(epochs[-1], start=3):
             assert ids[2] == number % 16 and ids[0] in (sequences.vocabulary.null, 16 + number % 4)
@@ -128,7 +128,7 @@ def test_an_epoch_has_each_image_once_with_a_crop_drawn_by_seed_epoch_and_key(fo
     dropped = np.array([[ids[0] == sequences.vocabulary.null for ids in epoch] for epoch in epochs])
     assert 0.25 < dropped.mean() < 0.35
     few = ImageSequences(rows, keys[10:12], vocabulary(), condition_dropout=0.3, seed=5)
-    few.set_epoch(7)
+    few.draws.set_epoch(7)
     assert [few[i]["input_ids"] for i in range(2)] == epochs[7][10:12]  # whatever else there is
     few = ImageSequences(rows, keys, vocabulary(), condition_dropout=0.3, seed=6)
     assert [few[i]["input_ids"] for i in range(27)] != epochs[0]
