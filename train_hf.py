@@ -27,7 +27,7 @@ from configuration_simvq import VQRAEConfig
 from eval.commands import ends_in_one_line
 from eval.files import write_whole
 from modeling_simvq import ImageTokenizer, VQRAEModel
-from reading.models import check_fields, load_pretrained, load_processor
+from reading.models import cannot_be_loaded, check_fields, load_pretrained, load_processor
 from reading.sources import dataset_of_files, find_images, load_images
 from training.arguments import VQRAETrainingArguments
 from training.card import Provenance, write_recipe
@@ -205,7 +205,7 @@ def load_model(args: ModelArguments, hub: dict) -> ImageTokenizer:
         else:
             model = VQRAEModel(VQRAEConfig(**config))
     except OSError as error:  # some of transformers' do not say what they are about
-        raise OSError(f"{name} cannot be loaded: {error}") from error
+        raise OSError(cannot_be_loaded(name, error) if name else str(error)) from error
     if args.attn_implementation:
         model.set_attn_implementation(args.attn_implementation)
     return model
@@ -254,7 +254,10 @@ def load_data(args: DataArguments, training_args: VQRAETrainingArguments, skippe
     return train, held_out
 
 
-@ends_in_one_line()
+@ends_in_one_line(
+    smaller="--per_device_train_batch_size and --per_device_eval_batch_size (--gradient_accumulation_steps makes up "
+    "for it), or --image_size"
+)
 def main() -> None:
     kinds = ModelArguments, DataArguments, VQRAETrainingArguments
     with ends_in_one_line(ValueError):  # transformers looks at options too

@@ -353,6 +353,11 @@ def main() -> None:
         reference = load_any(args.reference_model, torch.float32, trust).to(device) if args.reference_model else None
         size = size or model.config.image_size
         codebook_size, patch_size = model.config.codebook_size, getattr(model.config, "decoder_patch_size", None)
+        if patch_size and size % patch_size:
+            raise ValueError(
+                f"The images would be of {size} px (--image_size, or the protocol's): {args.model_name_or_path} takes "
+                f"multiples of {patch_size} px, such as {size // patch_size * patch_size or patch_size}."
+            )
         reconstruct = ModelReconstruction(model, protocol.semantic_agreement, reference)
         source = {
             "model": args.model_name_or_path,
@@ -426,5 +431,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with ends_in_one_line():
+    with ends_in_one_line(smaller="--batch_size or --image_size"):
         main()

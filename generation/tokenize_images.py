@@ -280,7 +280,7 @@ def push(
     return str(url)
 
 
-@ends_in_one_line()
+@ends_in_one_line(smaller="--batch_size or --image_size")
 def main() -> None:
     args = parser.parse_args()
     if not args.push_to_hub and (args.private or args.revision):

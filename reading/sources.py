@@ -10,7 +10,7 @@ import datasets
 from reading.images import BELOW, EXTENSIONS
 
 
-NAME_OF_DATASET = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # on the hub: dataset, or owner/dataset
+NAME_ON_HUB = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # dataset or model, or owner/dataset
 
 
 def find_images(path: str | Path) -> list[Path]:
@@ -98,7 +98,7 @@ def load_images(
         return dataset_of_files(find_images(name_or_path), name_or_path)
     if os.path.isfile(name_or_path):
         return dataset_of_files(find_images(name_or_path))
-    if not NAME_OF_DATASET.fullmatch(name_or_path) or name_or_path.endswith(".txt"):
+    if not NAME_ON_HUB.fullmatch(name_or_path) or name_or_path.endswith(".txt"):
         raise ValueError(_no_images_there(name_or_path))
     if not streaming:
         _say(f"Loading dataset {name_or_path}, split {split}: the first time, it is downloaded.")
