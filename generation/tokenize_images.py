@@ -62,6 +62,7 @@ what.add_argument("--dataset_config_name", help="Of a dataset of the hub.")
 what.add_argument("--image_column", default="image", help="Of a dataset of the hub (default: image).")
 what.add_argument("--streaming", action="store_true", help="Read a dataset of the hub without downloading it first.")
 what.add_argument("--max_samples", type=whole_number(), help="No more than the first so many images.")
+what.add_argument("--license", help="Of the images, for the card of the dataset, as the hub writes it: cc-by-4.0, ...")
 views = parser.add_argument_group("views of an image")
 views.add_argument("--image_size", type=whole_number(), help="Side of the crops in pixels (default: the model's).")
 views.add_argument(
@@ -221,7 +222,9 @@ def write_shards(plan: Plan, rows: TokenRows, folder: Path, provenance: Provenan
     return tokens
 
 
-def finish(folder: Path, provenance: Provenance, num_images: int | None, rows: TokenRows) -> Provenance:
+def finish(
+    folder: Path, provenance: Provenance, num_images: int | None, rows: TokenRows, license: str | None
+) -> Provenance:
     """Writes what belongs to the whole, once all shards are there; the provenance last.
 
     Raises:
@@ -252,13 +255,19 @@ def finish(folder: Path, provenance: Provenance, num_images: int | None, rows: T
     paths = [shard_path(folder, done.split, number) for number in range(len(infos))]
     if done.num_rows:
         draw_rows(rows.model, spread_rows(paths, DRAWN), folder / PICTURE)
-    write_card(folder, done, list(rows.features))
+    write_card(folder, done, list(rows.features), license)
     done.save(folder)
     return done
 
 
 def push(
-    folder: Path, columns: list[str], repository: str, private: bool, branch: str | None, token: str | None
+    folder: Path,
+    columns: list[str],
+    license: str | None,
+    repository: str,
+    private: bool,
+    branch: str | None,
+    token: str | None,
 ) -> str:
     """Pushes a finished dataset, its provenance last and without paths of this machine; gives its address."""
     hub = HfApi(token=token)
@@ -266,13 +275,12 @@ def push(
     if branch:
         hub.create_branch(url.repo_id, branch=branch, repo_type="dataset", exist_ok=True)
     where = {"repo_id": url.repo_id, "repo_type": "dataset", "revision": branch}
-    mine = [RUN, PROVENANCE, "unfinished-*"]
     mine = [RUN, PROVENANCE, "README.md", "unfinished-*"]
     hub.upload_folder(**where, folder_path=folder, ignore_patterns=mine, commit_message="Image tokens")
     there = Provenance.load(folder)
     public = replace(there, source=shown(there.source), model_name_or_path=shown(there.model_name_or_path))
     last = {
-        "README.md": str(dataset_card(url.repo_id, there, columns)),
+        "README.md": str(dataset_card(url.repo_id, there, columns, license)),
         PROVENANCE: json.dumps(asdict(public), indent=2) + "\n",
     }
     operations = [CommitOperationAdd(name, text.encode()) for name, text in last.items()]
@@ -340,7 +348,7 @@ def main() -> None:
     seconds = time.perf_counter() - begin
     if not state.is_main_process:
         return
-    done = finish(folder, provenance, plan.num_images, rows)
+    done = finish(folder, provenance, plan.num_images, rows, args.license)
     if tokens:
         run = {"tokens": tokens, "seconds": seconds, "processes": count, "device": str(rows.model.device)}
         write_whole(folder / RUN, lambda path: path.write_text(json.dumps(run, indent=2)))
@@ -349,7 +357,7 @@ def main() -> None:
     print(f"{done.num_rows:,} rows of {done.num_images:,} images{unread}: {folder}")
     if args.push_to_hub:
         where = args.push_to_hub, args.private, args.revision, args.token
-        print(f"Pushed to {push(folder, list(rows.features), *where)}")
+        print(f"Pushed to {push(folder, list(rows.features), args.license, *where)}")
 
 
 if __name__ == "__main__":
