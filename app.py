@@ -4,7 +4,7 @@
     python app.py
     python app.py --model runs/quickstart
 
-docs/demo.md tells how to make a Hugging Face Space of it. No code that comes with a model is run, and the page loads
+`python -m examples.space` makes a Hugging Face Space of it. No code that comes with a model is run, and the page loads
 nothing from elsewhere.
 """
 
@@ -35,7 +35,8 @@ from reading.sources import find_images
 
 
 ROOT = Path(__file__).parent
-DEFAULT_MODEL = ROOT / "checkpoints" / "vqrae-dinov2-small"
+BOX = ROOT / "checkpoints" / "vqrae-dinov2-small"
+DEFAULT_MODEL = next((file.parent for file in BOX.parent.glob("*/config.json")), BOX)  # a Space may have another one
 EXAMPLES = ROOT / "examples" / "images"
 # to choose from; for the usage of the codebook, all of the folder are counted
 SHOWN = ("astronaut.jpg", "chelsea.jpg", "coffee.jpg", "rocket.jpg", "emoji-1f304.webp", "emoji-1f42f.webp")

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -157,7 +158,8 @@ def test_steps_of_the_page(app, model, image_folder):
 def test_usage_is_over_the_session_or_over_all_examples(app, tiny_model, image_folder):
     (image_folder / "a-0.png").write_bytes(b"no image")
     tiny_model.eval()
-    tokenizer = app.Tokenizer(tiny_model, VQRAEImageProcessor.for_image_size(32), find_images(image_folder))
+    files = [str(path) for path in find_images(image_folder)]
+    tokenizer = app.Tokenizer(tiny_model, VQRAEImageProcessor.for_image_size(32), files)
     counts = torch.tensor([5, 3] + [0] * 62)
     text, chart = tokenizer.usage(app.SESSION, counts)
     assert "**2** of 64 codes used (**3.1%**), perplexity **2**, over 8 tokens" in text and "<svg" in chart
@@ -223,6 +225,37 @@ def test_a_missing_checkpoint_is_told(app, monkeypatch, capsys, tmp_path):
 MODEL, SCREENSHOT = os.environ.get("VQRAE_DEMO_MODEL"), os.environ.get("VQRAE_DEMO_SCREENSHOT")
 
 
+@contextlib.contextmanager
+def serving(arguments: list[str], folder: Path):
+    """The address of a page that Python serves with these arguments, started in a folder."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=os.environ | {"GRADIO_SERVER_PORT": str(port), "PYTHONUNBUFFERED": "1", "PYTHONPATH": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        lines, ended = [], threading.Timer(300, process.kill)  # which ends the lines
+        ended.start()
+        while not lines or "Running on" not in lines[-1]:
+            lines.append(process.stdout.readline())
+            assert lines[-1], "".join(lines)
+        ended.cancel()
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        ended.cancel()
+        process.terminate()
+        try:
+            process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """A model, its processor, and the address of app.py with it."""
@@ -237,35 +270,8 @@ def served(tmp_path_factory):
         VQRAEImageProcessor.for_image_size(32).save_pretrained(folder)
         for file in folder.glob("*.py"):
             file.write_text("raise RuntimeError('code that comes with a model was run')")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "app.py"), "--model", str(folder)],
-        env=os.environ | {"GRADIO_SERVER_PORT": str(port), "PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        lines, ended = [], threading.Timer(300, process.kill)  # which ends the lines
-        ended.start()
-        while not lines or "Running on" not in lines[-1]:
-            lines.append(process.stdout.readline())
-            assert lines[-1], "".join(lines)
-        ended.cancel()
-        yield (
-            VQRAEModel.from_pretrained(folder).eval(),
-            VQRAEImageProcessor.from_pretrained(folder),
-            f"http://127.0.0.1:{port}",
-        )
-    finally:
-        ended.cancel()
-        process.terminate()
-        try:
-            process.communicate(timeout=60)
-        except subprocess.TimeoutExpired:
-            process.kill()
+    with serving([str(ROOT / "app.py"), "--model", str(folder)], ROOT) as address:
+        yield VQRAEModel.from_pretrained(folder).eval(), VQRAEImageProcessor.from_pretrained(folder), address
 
 
 class Page:
