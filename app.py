@@ -366,6 +366,7 @@ def main() -> None:
     if name is None and not DEFAULT_MODEL.is_dir():
         parser.error(f"{DEFAULT_MODEL} is not there: name a tokenizer with --model.")
     name = name or str(DEFAULT_MODEL)
+    print(f"Loading {name}.", flush=True)
     model = load_pretrained(name, {}).eval().to("cuda" if torch.cuda.is_available() else "cpu")
     processor = load_processor(name, model.config.image_size)
     examples = [str(path) for path in find_images(EXAMPLES)]

@@ -198,9 +198,10 @@ def load_model(args: ModelArguments, hub: dict) -> ImageTokenizer:
     name = args.encoder_name_or_path or args.model_name_or_path
     try:
         if args.encoder_name_or_path:
-            print(f"Loading the encoder {name} (downloaded if it is on the hub and not cached).")
+            print(f"Loading the encoder {name} (downloaded if it is on the hub and not cached).", flush=True)
             model = VQRAEModel.from_encoder_pretrained(name, hub, **config)
         elif args.model_name_or_path:
+            print(f"Loading the tokenizer {name} (downloaded if it is on the hub and not cached).", flush=True)
             model = load_pretrained(name, config, hub)
         else:
             model = VQRAEModel(VQRAEConfig(**config))
@@ -332,6 +333,8 @@ def main() -> None:
     trainer.save_metrics("eval", metrics)
     trainer.create_model_card()
     if training_args.push_to_hub:
+        if trainer.is_world_process_zero():
+            print(f"Pushing to {trainer.hub_model_id}.", flush=True)
         trainer.push_to_hub()
     if trainer.is_world_process_zero():
         report = write_report(trainer.state.log_history, training_args.output_dir)

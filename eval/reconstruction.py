@@ -349,6 +349,8 @@ def main() -> None:
 
     if args.model_name_or_path:
         trust = args.trust_remote_code
+        if state.is_main_process:
+            print(f"Loading the tokenizer {args.model_name_or_path} (downloaded if it is not here).", flush=True)
         model = load_any(args.model_name_or_path, getattr(torch, args.dtype), trust, args.revision).to(device)
         reference = load_any(args.reference_model, torch.float32, trust).to(device) if args.reference_model else None
         size = size or model.config.image_size
@@ -395,6 +397,7 @@ def main() -> None:
         remove_results(output)
     evaluate(evaluation, images, reconstruct, batch_size, workers, device, progress_file, key)
     if state.is_main_process:
+        print(f"Computing the metrics of {len(evaluation.index):,} images, and drawing some.", flush=True)
         metrics, not_computed, warnings = evaluation.compute()
         if args.model_name_or_path and protocol.flat_colours:
             flat, why = measure_flat_colours(reconstruct, protocol, size, batch_size, device)

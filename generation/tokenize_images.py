@@ -302,6 +302,8 @@ def main() -> None:
         is_stream = isinstance(dataset, datasets.IterableDataset)
         dataset = dataset.take(args.max_samples if is_stream else min(args.max_samples, len(dataset)))
     features = dataset.features or {}
+    if state.is_main_process:
+        print(f"Loading the tokenizer {args.model_name_or_path} (downloaded if it is not here).", flush=True)
     rows = TokenRows(
         args.model_name_or_path,
         args.model_revision,
@@ -316,6 +318,9 @@ def main() -> None:
         label=features.get("label"),
         text=features.get("text"),
     )
+    if state.is_main_process:
+        count = "" if isinstance(dataset, datasets.IterableDataset) else f"{len(dataset):,} "
+        print(f"Looking whether the {count}images of {args.data} are those of a run before.", flush=True)
     folder, wanted = args.output_dir, provenance_of(args, rows, dataset)
     provenance = begun(folder, wanted)
     state.wait_for_everyone()  # all have looked
@@ -348,6 +353,7 @@ def main() -> None:
     seconds = time.perf_counter() - begin
     if not state.is_main_process:
         return
+    print(f"Reading the shards again, and decoding {DRAWN} rows for the card.", flush=True)
     done = finish(folder, provenance, plan.num_images, rows, args.license)
     if tokens:
         run = {"tokens": tokens, "seconds": seconds, "processes": count, "device": str(rows.model.device)}
@@ -356,6 +362,7 @@ def main() -> None:
     unread = f", {done.num_unreadable:,} of them could not be read ({UNREADABLE})" if done.num_unreadable else ""
     print(f"{done.num_rows:,} rows of {done.num_images:,} images{unread}: {folder}")
     if args.push_to_hub:
+        print(f"Pushing to {args.push_to_hub}.", flush=True)
         where = args.push_to_hub, args.private, args.revision, args.token
         print(f"Pushed to {push(folder, list(rows.features), args.license, *where)}")
 

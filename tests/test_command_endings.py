@@ -220,3 +220,39 @@ def test_a_push_without_a_network_says_so(offline, folder, monkeypatch, capsys):
     said = end(f"{TOKENIZE} --push_to_hub me/tokens --token hf_none", monkeypatch, capsys)
     assert said.startswith("The hub could not be reached (") and "give the same command again" in said
     assert (folder / "out" / "train-00000.parquet").exists()
+
+
+class Begun(Exception):
+    """In place of something that takes long."""
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+@pytest.mark.parametrize(
+    "command, begins, line",
+    [
+        (f"{TRAIN} --model_name_or_path model", "reading.models.load_pretrained", "Loading the tokenizer model"),
+        (f"{TRAIN} --encoder_name_or_path vit", "modeling_simvq.VQRAEModel.from_encoder_pretrained", "Loading the enc"),
+        (f"{TRAIN} --model_name_or_path model --convnext_weight 1", "training.losses._load", "Loading the networks of"),
+        (
+            f'{TRAIN} --encoder_name_or_path vit --model_config {{"codebook_size":8,"image_size":64}} --token_passes 1',
+            "training.token_passes._identity",
+            "Tokens of 11 images",
+        ),
+        (f"{MODEL} model", "reading.models.load_any", "Loading the tokenizer model"),
+        (f"{MODEL} model", "eval.evaluation.Evaluation.compute", "Computing the metrics of 12 images"),
+        (TOKENIZE, "reading.models.AutoModel.from_pretrained", "Loading the tokenizer model"),
+        (TOKENIZE, "generation.source.source_hash", "Looking whether the 12 images of images are"),
+        (TOKENIZE, "generation.card.draw_rows", "Reading the shards again, and decoding 16 rows"),
+        (f"{TOKENIZE} --push_to_hub me/tokens", "huggingface_hub.HfApi.create_repo", "Pushing to me/tokens"),
+    ],
+)
+def test_what_may_take_long_is_said_before_it_begins(command, begins, line, folder, monkeypatch, capsys):
+    def stop(*_, **__):
+        raise Begun
+
+    monkeypatch.setattr(begins, stop)
+    name, *arguments = command.split()
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+    with pytest.raises(Begun):
+        runpy.run_module(name, run_name="__main__")
+    assert capsys.readouterr().out.splitlines()[-1].startswith(line)
