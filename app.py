@@ -36,7 +36,8 @@ from reading.sources import find_images
 
 ROOT = Path(__file__).parent
 BOX = ROOT / "checkpoints" / "vqrae-dinov2-small"
-DEFAULT_MODEL = next((file.parent for file in BOX.parent.glob("*/config.json")), BOX)  # a Space may have another one
+# a Space may have another one in its place
+DEFAULT_MODEL = BOX if BOX.is_dir() else next((x.parent for x in BOX.parent.glob("*/preprocessor_config.json")), BOX)
 EXAMPLES = ROOT / "examples" / "images"
 # to choose from; for the usage of the codebook, all of the folder are counted
 SHOWN = ("astronaut.jpg", "chelsea.jpg", "coffee.jpg", "rocket.jpg", "emoji-1f304.webp", "emoji-1f42f.webp")
@@ -48,6 +49,7 @@ CSS = """
 .pixels .image-container, .pixels .grid-wrap { padding-top: 30px; }  /* below the label, not under it */
 .pixels img { width: 100%; height: 100%; object-fit: contain; }
 .tokens img { image-rendering: pixelated; cursor: crosshair; }
+@media (max-width: 600px) { #near .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
 """
 
 
@@ -305,7 +307,7 @@ def build(tokenizer: Tokenizer, name: str) -> gr.Blocks:
                         usage_text = gr.Markdown(elem_id="usage")
                     with gr.Column(scale=2):
                         chart = gr.HTML()
-            with gr.Tab("Edit tokens", id="edit"), gr.Row():
+            with gr.Tab("Edit", id="edit"), gr.Row():
                 with gr.Column(scale=2, min_width=260):
                     with gr.Group():
                         start, half = side // 4, max(1, side // 2)

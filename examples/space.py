@@ -22,15 +22,17 @@ from reading.models import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
 GRADIO = "6.31.0"  # with which the page is tested in a browser
-CODE = ("app.py", "*_simvq*.py", "LICENSE", "reading/*.py", "eval/*.py", "eval/*/*.py", "examples/CREDITS.md")
-CODE += ("examples/images/*",)
+BOX = ROOT / "checkpoints" / "vqrae-dinov2-small"
+GENERATOR = ROOT / "checkpoints" / "emoji-llama"  # of the tokenizer in the box
+CODE = ("app.py", "*_simvq*.py", "LICENSE", "reading/*.py", "eval/*.py", "eval/*/*.py", "generation/*.py")
+CODE += ("training/*.py", "examples/CREDITS.md", "examples/images/*")
 WEIGHTS = ("README.md", "*.json", "model*.safetensors")
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument(
     "--model_name_or_path",
     type=Path,
-    default=ROOT / "checkpoints" / "vqrae-dinov2-small",
+    default=BOX,
     help="Folder of the tokenizer that the page shows (default: checkpoints/vqrae-dinov2-small).",
 )
 parser.add_argument("--title", default="Image tokenizer", help="Of the Space (default: Image tokenizer).")
@@ -80,8 +82,10 @@ def make_space(model: Path, title: str, output: Path) -> None:
     """
     config = model / "config.json"
     kind = json.loads(config.read_text()).get("model_type") if config.is_file() else None
-    if kind not in MODELS:
-        raise ValueError(f"--model_name_or_path: {model} is no folder of a tokenizer ({', '.join(MODELS)}).")
+    if kind not in MODELS or not (model / "preprocessor_config.json").is_file():
+        raise ValueError(
+            f"--model_name_or_path: {model} is no folder of a tokenizer ({', '.join(MODELS)}) with its image processor."
+        )
     if output.exists():
         raise ValueError(f"--output_dir: {output} is there already: name a new folder, or remove it.")
     card = model / "README.md"
@@ -89,8 +93,9 @@ def make_space(model: Path, title: str, output: Path) -> None:
 
     def write(folder: Path) -> None:
         files = {file: file.relative_to(ROOT) for pattern in CODE for file in ROOT.glob(pattern)}
-        name = Path("checkpoints") / model.resolve().name
-        files |= {file: name / file.name for pattern in WEIGHTS for file in model.glob(pattern)}
+        for shown in (model, GENERATOR) if model.resolve() == BOX else (model,):
+            name = Path("checkpoints") / shown.resolve().name
+            files |= {file: name / file.name for pattern in WEIGHTS for file in shown.glob(pattern)}
         for file, place in files.items():
             (folder / place).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, folder / place)
