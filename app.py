@@ -292,7 +292,7 @@ def build(tokenizer: Tokenizer, name: str) -> gr.Blocks:
                         alone = picture("Decoded alone: a grid filled with it", height=330, elem_id="alone")
                     with gr.Column(scale=2):
                         near = gr.Gallery(
-                            label="Its nearest codes, decoded alone, and their L2 distances. Click one to go there",
+                            label="Nearest codes, and L2 distances. Click one",
                             columns=4,
                             height=460,
                             allow_preview=False,
