@@ -6,7 +6,7 @@ where there is a generator.
     python app.py --model runs/quickstart
     python app.py --model runs/tokenizer --generator runs/generator
 
-docs/demo.md tells how to make a Hugging Face Space of it. No code that comes with a model is run, and the page loads
+`python -m examples.space` makes a Hugging Face Space of it. No code that comes with a model is run, and the page loads
 nothing from elsewhere.
 """
 
@@ -38,7 +38,9 @@ from reading.models import load_pretrained, load_processor
 
 
 ROOT = Path(__file__).parent
-DEFAULT_MODEL = ROOT / "checkpoints" / "vqrae-dinov2-small"
+BOX = ROOT / "checkpoints" / "vqrae-dinov2-small"
+# a Space may have another one in its place
+DEFAULT_MODEL = BOX if BOX.is_dir() else next((x.parent for x in BOX.parent.glob("*/preprocessor_config.json")), BOX)
 DEFAULT_GENERATOR = ROOT / "checkpoints" / "emoji-llama"
 EXAMPLES = ROOT / "examples" / "images"
 # to choose from; for the usage of the codebook, all of the folder are counted
@@ -51,6 +53,7 @@ CSS = """
 .pixels .image-container, .pixels .grid-wrap { padding-top: 30px; }  /* below the label, not under it */
 .pixels img { width: 100%; height: 100%; object-fit: contain; }
 .tokens img { image-rendering: pixelated; cursor: crosshair; }
+@media (max-width: 600px) { #near .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
 """
 
 
@@ -337,7 +340,7 @@ def build(tokenizer: Tokenizer, name: str, generator: Generator | None = None) -
                         alone = picture("Decoded alone: a grid filled with it", height=330, elem_id="alone")
                     with gr.Column(scale=2):
                         near = gr.Gallery(
-                            label="Its nearest codes, decoded alone, and their L2 distances. Click one to go there",
+                            label="Nearest codes, and L2 distances. Click one",
                             columns=4,
                             height=460,
                             allow_preview=False,
@@ -352,7 +355,7 @@ def build(tokenizer: Tokenizer, name: str, generator: Generator | None = None) -
                         usage_text = gr.Markdown(elem_id="usage")
                     with gr.Column(scale=2):
                         chart = gr.HTML()
-            with gr.Tab("Edit tokens", id="edit"), gr.Row():
+            with gr.Tab("Edit", id="edit"), gr.Row():
                 with gr.Column(scale=2, min_width=260):
                     with gr.Group():
                         start, half = side // 4, max(1, side // 2)
@@ -422,6 +425,7 @@ def main() -> None:
     if generator is None and name is None and DEFAULT_GENERATOR.is_dir():
         generator = str(DEFAULT_GENERATOR)
     name = name or str(DEFAULT_MODEL)
+    print(f"Loading {name}.", flush=True)
     model = load_pretrained(name, {}).eval().to("cuda" if torch.cuda.is_available() else "cpu")
     processor = load_processor(name, model.config.image_size)
     examples = [str(path) for path in find_images(EXAMPLES)]

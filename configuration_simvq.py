@@ -108,7 +108,8 @@ class ImageTokenizerConfig(PreTrainedConfig):
             raise ValueError(f"image_std must be positive, got {self.image_std}.")
         if self.image_size % self.decoder_patch_size:
             raise ValueError(
-                f"image_size {self.image_size} is not a multiple of its patch size {self.decoder_patch_size}."
+                f"image_size {self.image_size} is not a multiple of its patch size {self.decoder_patch_size}: take "
+                f"{max(1, self.grid_size) * self.decoder_patch_size}, for example."
             )
 
 

@@ -29,7 +29,7 @@ from eval.commands import ends_in_one_line
 from eval.files import write_whole
 from modeling_simvq import ImageTokenizer, VQRAEModel
 from reading.files import dataset_of_files
-from reading.models import check_fields, load_pretrained, load_processor
+from reading.models import cannot_be_loaded, check_fields, load_pretrained, load_processor
 from reading.sources import Source, find_source, load_images
 from training.arguments import VQRAETrainingArguments
 from training.card import Provenance, write_recipe
@@ -220,14 +220,15 @@ def load_model(args: ModelArguments, hub: dict) -> ImageTokenizer:
     name = args.encoder_name_or_path or args.model_name_or_path
     try:
         if args.encoder_name_or_path:
-            print(f"Loading the encoder {name} (downloaded if it is on the hub and not cached).")
+            print(f"Loading the encoder {name} (downloaded if it is on the hub and not cached).", flush=True)
             model = VQRAEModel.from_encoder_pretrained(name, hub, **config)
         elif args.model_name_or_path:
+            print(f"Loading the tokenizer {name} (downloaded if it is on the hub and not cached).", flush=True)
             model = load_pretrained(name, config, hub)
         else:
             model = VQRAEModel(VQRAEConfig(**config))
     except OSError as error:  # some of transformers' do not say what they are about
-        raise OSError(f"{name} cannot be loaded: {error}") from error
+        raise OSError(cannot_be_loaded(name, error) if name else str(error)) from error
     if args.attn_implementation:
         model.set_attn_implementation(args.attn_implementation)
     return model
@@ -285,7 +286,10 @@ def load_data(args: DataArguments, training_args: VQRAETrainingArguments, skippe
     return train, held_out
 
 
-@ends_in_one_line()
+@ends_in_one_line(
+    smaller="--per_device_train_batch_size and --per_device_eval_batch_size (--gradient_accumulation_steps makes up "
+    "for it), or --image_size"
+)
 def main() -> None:
     kinds = ModelArguments, DataArguments, VQRAETrainingArguments
     with ends_in_one_line(ValueError):  # transformers looks at options too
@@ -360,6 +364,8 @@ def main() -> None:
     trainer.save_metrics("eval", metrics)
     trainer.create_model_card()
     if training_args.push_to_hub:
+        if trainer.is_world_process_zero():
+            print(f"Pushing to {trainer.hub_model_id}.", flush=True)
         trainer.push_to_hub()
     if trainer.is_world_process_zero():
         report = write_report(trainer.state.log_history, training_args.output_dir)

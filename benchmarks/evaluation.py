@@ -29,6 +29,7 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import nn
 from torchmetrics.functional.image.lpips import _NoTrainLpips
+from tqdm import tqdm
 
 from configuration_simvq import VQRAEConfig
 from eval.commands import ends_in_one_line
@@ -75,7 +76,7 @@ def references_way(files: list[Path], reconstruct, folder: Path, batch_size: int
     psnr = ssim = batches = number = 0
     for kind in ("source", "recons"):
         (folder / kind).mkdir(parents=True)
-    for start in range(0, len(files), batch_size):
+    for start in tqdm(range(0, len(files), batch_size), desc="The reference's way", unit="batch"):
         arrays = []
         for file in files[start : start + batch_size]:
             array = np.array(crop(Image.open(file).convert("RGB")))

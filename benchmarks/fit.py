@@ -82,6 +82,7 @@ def main() -> None:
         for batch in batches:
             model.get_image_features(batch.to(args.device))
 
+    print("Timing the encoder, then the fit.", flush=True)
     model.get_image_features(batches[0].to(args.device))  # the first call is not like the others
     encoder = seconds(forward)[0]
     fit = seconds(lambda: model.initialize_codebook(batches, latents_per_code=args.latents_per_code))[0]
@@ -103,6 +104,7 @@ def main() -> None:
     else:
         ways["faiss"] = lambda: by_faiss(latents.cpu(), codes, args.rounds).to(latents.device)
     for name, way in ways.items():
+        print(f"k-means: {name}", flush=True)
         spent, centroids = seconds(way)
         print(
             f"k-means, {codes:,} codes of {len(latents):,} latents x {latents.shape[1]}, {args.rounds} rounds: {name} "

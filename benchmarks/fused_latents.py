@@ -60,7 +60,8 @@ def painted(made: torch.Tensor, images: torch.Tensor, patch_size: int) -> dict[s
 @torch.no_grad()
 def tokens_of(model: VQRAEModel, pixels: torch.Tensor, batch_size: int = 16) -> torch.Tensor:
     """(B, h, w), on the CPU."""
-    return torch.cat([model.get_image_tokens(part.to(model.device)).cpu() for part in pixels.split(batch_size)])
+    parts = tqdm(pixels.split(batch_size), desc="Tokens", unit="batch", leave=False)
+    return torch.cat([model.get_image_tokens(part.to(model.device)).cpu() for part in parts])
 
 
 @torch.no_grad()
@@ -68,7 +69,8 @@ def measure(model: VQRAEModel, pixels: torch.Tensor) -> tuple[dict[str, float], 
     """PSNR, blocking and used codes of held-out images; and the reconstructions."""
     model.eval()
     tokens = tokens_of(model, pixels)
-    fake = torch.cat([model.decode(part.to(model.device)).decoded_pixel_values.cpu() for part in tokens.split(16)])
+    parts = tqdm(tokens.split(16), desc="Decoding", unit="batch", leave=False)
+    fake = torch.cat([model.decode(part.to(model.device)).decoded_pixel_values.cpu() for part in parts])
     numbers = painted(to_uint8(fake), to_uint8(pixels), model.config.decoder_patch_size)
     return {**numbers, "used": len(tokens.unique()) / model.config.codebook_size}, fake.clamp(0, 1)
 
@@ -79,7 +81,7 @@ def lost(model: VQRAEModel, train: torch.Tensor, held_out: torch.Tensor) -> floa
     comes back from them, of others by the mean feature that each code had in training."""
 
     def parts(pixels: torch.Tensor):
-        for part in pixels.split(16):
+        for part in tqdm(pixels.split(16), desc="What is lost", unit="batch", leave=False):
             yield model.encode(part.to(model.device))
 
     width, explained = model.config.hidden_size, None

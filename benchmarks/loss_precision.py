@@ -72,6 +72,7 @@ def main() -> None:
     real = processor([decode_image(record) for record in records], return_tensors="pt").pixel_values.to(args.device)
     with torch.no_grad():
         fake = model(real, return_loss=False).decoded_pixel_values
+    print("Loading the networks, and training the discriminators.", flush=True)
     networks = {}
     for name, build in (
         ("LPIPS (vgg)", lambda: PerceptualLoss("vgg")),

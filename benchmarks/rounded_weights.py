@@ -10,6 +10,7 @@ loads them (torchao; the decoder alone), and int8 weights of the encoder as well
 import argparse
 
 import torch
+from tqdm import tqdm
 from transformers import TorchAoConfig
 
 from eval.metrics import to_uint8
@@ -25,7 +26,7 @@ from reading.models import load_processor
 def outputs(model, images, processor: VQRAEImageProcessor) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens, and the PSNR of each image."""
     tokens, scores = [], []
-    for record in images:
+    for record in tqdm(images, desc="Reconstructing", unit="image", leave=False):
         pixels = processor(decode_image(record), return_tensors="pt").pixel_values
         output = model.eval()(pixels, return_loss=False)
         tokens.append(output.image_tokens.flatten())

@@ -22,6 +22,7 @@ import transformers
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 from transformers.dynamic_module_utils import custom_object_save
 
 from eval.commands import ends_in_one_line
@@ -107,7 +108,7 @@ def compare(source: ImageTokenizer, rounded: ImageTokenizer, data: str, max_imag
     images = load_images(data)
     images = images.select(range(0, len(images), math.ceil(len(images) / max_images)))
     same, scores = [], []
-    for record in images["image"]:
+    for record in tqdm(images["image"], desc="Comparing", unit="image"):
         pixels = processor(decode_image(record), return_tensors="pt").pixel_values
         ours, theirs = (model(pixels, return_loss=False) for model in (source, rounded))
         same.append((ours.image_tokens == theirs.image_tokens).float().mean())

@@ -49,7 +49,7 @@ from modeling_simvq import VQRAEModel, read_pixel_statistics
 from reading.images import decode_image
 from reading.models import loading
 from reading.sources import load_images
-from training.card import usage
+from training.card import WIDGET, usage
 
 
 # The names of our decoder's modules, as RAE and diffusers call them; all others are the same.
@@ -472,6 +472,7 @@ def model_card(model: VQRAEModel, name: str, source: str) -> str:
         library_name="transformers",
         pipeline_tag="image-feature-extraction",
         tags=["vqrae", "simvq", "rae", "image-tokenizer"],
+        widget=WIDGET,
     )
     text = CARD.format(
         name=name,

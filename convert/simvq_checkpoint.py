@@ -33,7 +33,7 @@ from eval.commands import ends_in_one_line
 from eval.files import read_fields, sha256_of_files, write_folder_whole
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq_gan import SimVQGANModel
-from training.card import usage
+from training.card import WIDGET, usage
 
 
 MODEL, QUANTIZER = "taming.models.vq.VQModel", "taming.modules.vqvae.quantize.SimVQ"
@@ -224,6 +224,7 @@ def model_card(config: SimVQGANConfig, name: str, checkpoint: Path, weights: str
         library_name="transformers",
         pipeline_tag="image-feature-extraction",
         tags=["simvq_gan", "simvq", "image-tokenizer"],
+        widget=WIDGET,
     )
     text = CARD.format(
         name=name,

@@ -2,34 +2,40 @@
 
 import dis
 import os
+import re
 import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from datasets.exceptions import DatasetsError
-from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, StrictDataclassError
 
 
 ROOT = Path(__file__).resolve().parents[1]
 # of the machine, the network, the hub and its data sets, and of the fields of a configuration
 OUTSIDE = (OSError, DatasetsError, HFValidationError, StrictDataclassError)
+# what huggingface_hub lets through without a network; the first is its HTTP library's, httpx or httpx2 by its version
+UNREACHABLE = (HfHubHTTPError.__bases__[0], OfflineModeIsEnabled)
 SAID = (ValueError, RuntimeError, FloatingPointError)  # if a file of ours names them
 SECONDS_FOR_THE_MAIN_PROCESS = 5.0  # launchers look for processes that have ended many times a second
 
 
 @contextmanager
-def ends_in_one_line(*also: type[Exception]):
+def ends_in_one_line(*also: type[Exception], smaller: str | None = None):
     """Around a command, `with ends_in_one_line():` or `@ends_in_one_line()`: an error that is its user's to mend ends
     it with exit code 1 and the message on stderr; a defect keeps its traceback.
 
     The user's are the errors of `SAID` that a `raise` in a file of this repository names, and those of `OUTSIDE`,
-    wherever they come from. Of several processes that end over the same
+    wherever they come from, and memory that ran out. Of several processes that end over the same
     error only the main one says it: the launcher ends the others while they wait.
 
     Args:
         also: classes that are the user's in this block if any `raise` names them, such as ValueError where a library
             looks at nothing but the user's options.
+        smaller: the options of the command that decide how much memory it takes. `None`: memory that ran out is left
+            to the block around this one.
 
     Raises:
         SystemExit: in place of such an error.
@@ -39,15 +45,35 @@ def ends_in_one_line(*also: type[Exception]):
     except Exception as error:
         is_raised, is_ours = _origin(error)
         said_here = is_raised and is_ours and isinstance(error, SAID)
-        if not (said_here or isinstance(error, OUTSIDE) or (is_raised and isinstance(error, also))):
+        ran_out = smaller is not None and memory_ran_out(error)
+        outside = isinstance(error, OUTSIDE + UNREACHABLE)
+        if not (ran_out or said_here or outside or (is_raised and isinstance(error, also))):
             raise
         # libraries spread what they say over many lines; ours are as they should be
         message = str(error) if said_here else " ".join(str(error).split())
+        if ran_out:
+            piece = re.search(r"allocate ([\d.]+ \w+)", message)
+            asked = f" when {piece[1]} more were needed" if piece else ""
+            message = f"The memory did not suffice{asked}: lower {smaller}."
+        elif isinstance(error, UNREACHABLE) and not isinstance(error, HfHubHTTPError):  # that is an answer
+            message = (
+                f"The hub could not be reached ({message or type(error).__name__}): check the connection, HF_ENDPOINT "
+                "and HF_HUB_OFFLINE, and give the same command again. What is on this disk needs no network."
+            )
         if int(os.environ.get("RANK", 0)) != 0:
             time.sleep(SECONDS_FOR_THE_MAIN_PROCESS)
         sys.stdout.flush()
         print(f"{Path(sys.argv[0]).name}: error: {message or type(error).__name__}", file=sys.stderr, flush=True)
         raise SystemExit(1) from error
+
+
+def memory_ran_out(error: Exception) -> bool:
+    """Whether an error is PyTorch's or NumPy's of a CPU or a GPU without enough memory; also out of a worker that loads
+    data, which passes it on as text."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    said = ("can't allocate memory", "not enough memory", "out of memory", "Unable to allocate")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 
 def _origin(error: Exception) -> tuple[bool, bool]:

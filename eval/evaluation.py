@@ -262,7 +262,7 @@ class Evaluation:
         if self.outside > 0.05 * len(self.index):
             warnings.append(
                 f"{self.outside / len(self.index):.0%} of the pixels of reconstructions are below -0.25 or above 1.25: "
-                "are they in [0, 1]?"
+                "they must be in [0, 1], as what they are made of is. Undo a normalisation."
             )
         for name, values in self.scores.items():
             metrics[name] = self._mean(name, values)

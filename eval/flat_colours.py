@@ -1,6 +1,7 @@
 """What a tokenizer makes of images of one colour."""
 
 import torch
+from tqdm import tqdm
 
 from eval.protocol import Protocol
 
@@ -33,7 +34,7 @@ def measure_flat_colours(
         where a reconstruction is not finite. Then the reason for these, by name.
     """
     errors, deviations, broken = [], [], 0
-    for colours in flat_colours().split(batch_size):
+    for colours in tqdm(flat_colours().split(batch_size), desc="Flat colours", unit="batch"):
         originals = colours[:, :, None, None].expand(-1, -1, size, size).to(device)
         reconstructions = reconstruct(originals / 255)[0].float()
         broken += (~reconstructions.isfinite().flatten(1).all(1)).sum().item()

@@ -339,7 +339,7 @@ def _described(path: Path | None, features: ImageFeatures | None) -> dict | None
     return {"name": str(path), "num_images": len(features.index), "pixels_sha256": features.fingerprint()}
 
 
-@ends_in_one_line()
+@ends_in_one_line(smaller="--batch_size")
 def main() -> None:
     args = parse_arguments()
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")

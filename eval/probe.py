@@ -186,7 +186,7 @@ def page(result: dict) -> str:
     )
 
 
-@ends_in_one_line()
+@ends_in_one_line(smaller="--batch_size or --image_size")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", required=True, help="A tokenizer: folder or hub repository.")

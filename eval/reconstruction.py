@@ -347,10 +347,17 @@ def main() -> None:
 
     if args.model_name_or_path:
         trust = args.trust_remote_code
+        if state.is_main_process:
+            print(f"Loading the tokenizer {args.model_name_or_path} (downloaded if it is not here).", flush=True)
         model = load_any(args.model_name_or_path, getattr(torch, args.dtype), trust, args.revision).to(device)
         reference = load_any(args.reference_model, torch.float32, trust).to(device) if args.reference_model else None
         size = size or model.config.image_size
         codebook_size, patch_size = model.config.codebook_size, getattr(model.config, "decoder_patch_size", None)
+        if patch_size and size % patch_size:
+            raise ValueError(
+                f"The images would be of {size} px (--image_size, or the protocol's): {args.model_name_or_path} takes "
+                f"multiples of {patch_size} px, such as {size // patch_size * patch_size or patch_size}."
+            )
         reconstruct = ModelReconstruction(model, protocol.semantic_agreement, reference)
         source = {
             "model": args.model_name_or_path,
@@ -388,6 +395,7 @@ def main() -> None:
         remove_results(output)
     evaluate(evaluation, images, reconstruct, batch_size, workers, device, progress_file, key)
     if state.is_main_process:
+        print(f"Computing the metrics of {len(evaluation.index):,} images, and drawing some.", flush=True)
         metrics, not_computed, warnings = evaluation.compute()
         if args.model_name_or_path and protocol.flat_colours:
             flat, why = measure_flat_colours(reconstruct, protocol, size, batch_size, device)
@@ -424,5 +432,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with ends_in_one_line():
+    with ends_in_one_line(smaller="--batch_size or --image_size"):
         main()

@@ -77,5 +77,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with ends_in_one_line():
+    with ends_in_one_line(smaller="--batch_size or --image_size"):
         main()

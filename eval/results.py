@@ -214,28 +214,32 @@ def code_chart(counts: torch.Tensor, width: int = 640, height: int = 220) -> str
 
 
 def evaluation_results(result: dict, file_hash: str | None = None) -> list[EvalResult]:
-    """The numbers of a results.json as entries of a model card's model-index.
+    """The numbers of a results.json as entries of a model card's model-index. There, entries of one dataset (type,
+    config, split) share its name and arguments: what else an evaluation depends on belongs to the metric.
 
     Args:
         result: as in results.json.
         file_hash: of the file of weights that was measured, see `weights_file_hash`.
     """
     data, protocol = result["data"], result["protocol"]["name"]
+    name, on_hub = Path(data["name"]).name, data["split"] is not None
+    of = f"protocol {protocol}, {result['num_images']:,} images of {result['image_size']} px"
+    arguments = {"protocol": protocol, "image_size": result["image_size"], "num_images": result["num_images"]}
+    arguments |= {"pixels_sha256": data["pixels_sha256"]} | ({"model_sha256": file_hash} if file_hash else {})
     return [
         EvalResult(
             task_type="image-to-image",
             task_name="Image reconstruction",
-            dataset_type=Path(data["name"]).name if data["split"] is None else data["name"],
-            dataset_name=f"{Path(data['name']).name}, {result['num_images']:,} images of {result['image_size']} px",
-            dataset_config=data["config"],
+            dataset_type=data["name"] if on_hub else "imagefolder",  # as datasets calls a folder of images
+            dataset_name=name,
+            dataset_config=data["config"] if on_hub else name,
             dataset_split=data["split"],
-            dataset_args={"pixels_sha256": data["pixels_sha256"]},
-            metric_type=name,
-            metric_name=f"{title(name)}, protocol {protocol}",
+            metric_type=metric,
+            metric_name=f"{title(metric)}, {of}",
             metric_value=value,
-            metric_args={"protocol": protocol, "model_sha256": file_hash} if file_hash else {"protocol": protocol},
+            metric_args=arguments,
         )
-        for name, value in result["metrics"].items()
+        for metric, value in result["metrics"].items()
         if value is not None
     ]
 

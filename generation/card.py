@@ -18,7 +18,7 @@ from modeling_simvq import ImageTokenizer
 
 PICTURE = "decoded.png"
 SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"),
-         (10**8, "10M<n<100M"), (10**9, "100M<n<1B"))  # fmt: skip
+         (10**8, "10M<n<100M"), (10**9, "100M<n<1B"), (10**10, "1B<n<10B"), (10**11, "10B<n<100B"))  # fmt: skip
 TEXT = """# {name}
 
 Images as tokens: {num_images:,} images of {source}, split `{split}`, are {num_rows:,} rows here{unreadable}.
@@ -60,7 +60,7 @@ that of the right one, and `python -m generation.tokens_info` checks it.
 | dtype of the encoder | {precision} |
 | versions | {versions} |
 
-All of it, for programs: `provenance.json`. The licence is that of the images.
+All of it, for programs: `provenance.json`. Licence: {license}.
 """
 
 
@@ -69,20 +69,22 @@ def shown(name_or_path: str) -> str:
     return Path(name_or_path).resolve().name if os.path.exists(name_or_path) else name_or_path
 
 
-def dataset_card(name: str, provenance: Provenance, columns: list[str]) -> DatasetCard:
+def dataset_card(name: str, provenance: Provenance, columns: list[str], license: str | None = None) -> DatasetCard:
     """README.md.
 
     Args:
         name: of the dataset, for people and for `load_dataset`.
         provenance: finished.
         columns: of its rows.
+        license: of the images, as the hub writes it ("cc-by-4.0"); `None`: it was not given.
     """
     split, source = split_name(provenance.split), shown(provenance.source)
     data = DatasetCardData(
+        license=license,
         pretty_name=name.split("/")[-1],
         tags=["image-tokens", "simvq"],
-        task_categories=["unconditional-image-generation"],
-        size_categories=[next((size for most, size in SIZES if provenance.num_rows < most), "n>1B")],
+        task_categories=["text-to-image" if "text" in columns else "unconditional-image-generation"],
+        size_categories=[next((size for most, size in SIZES if provenance.num_rows < most), "100B<n<1T")],
         configs=[{"config_name": "default", "data_files": [{"split": split, "path": f"{split}-*.parquet"}]}],
         source_datasets=None if os.path.exists(provenance.source) else [source],
     )
@@ -106,6 +108,7 @@ def dataset_card(name: str, provenance: Provenance, columns: list[str]) -> Datas
         tokenizer_hash=provenance.tokenizer_hash,
         transform=_transform(provenance),
         precision=_precision(provenance),
+        license=license or "that of the images, which was not given (`--license`)",
         versions=", ".join(f"{library} {version}" for library, version in provenance.versions.items()),
     )
     return DatasetCard(f"---\n{data.to_yaml()}\n---\n{text.replace(chr(10) * 3, chr(10) * 2)}")
@@ -127,9 +130,9 @@ def _precision(provenance: Provenance) -> str:
     return provenance.dtype + (f" ({share:.2%} of the first batch's tokens differ from fp32's)" if share else "")
 
 
-def write_card(folder: Path, provenance: Provenance, columns: list[str]) -> None:
+def write_card(folder: Path, provenance: Provenance, columns: list[str], license: str | None = None) -> None:
     """Writes README.md to the folder of the dataset."""
-    card = dataset_card(folder.resolve().name, provenance, columns)
+    card = dataset_card(folder.resolve().name, provenance, columns, license)
     write_whole(folder / "README.md", lambda path: path.write_text(str(card)))
 
 

@@ -56,6 +56,7 @@ what.add_argument("--model_revision", help="Branch, tag or commit of a tokenizer
 add_source_options(what, split="train", required=True, columns=("image", "label", "text"))
 what.add_argument("--streaming", action="store_true", help="Read a dataset of the hub without downloading it first.")
 what.add_argument("--max_samples", type=whole_number(), help="No more than the first so many images.")
+what.add_argument("--license", help="Of the images, for the card of the dataset, as the hub writes it: cc-by-4.0, ...")
 views = parser.add_argument_group("views of an image")
 views.add_argument("--image_size", type=whole_number(), help="Side of the crops in pixels (default: the model's).")
 views.add_argument(
@@ -215,7 +216,9 @@ def write_shards(plan: Plan, rows: TokenRows, folder: Path, provenance: Provenan
     return tokens
 
 
-def finish(folder: Path, provenance: Provenance, num_images: int | None, rows: TokenRows) -> Provenance:
+def finish(
+    folder: Path, provenance: Provenance, num_images: int | None, rows: TokenRows, license: str | None
+) -> Provenance:
     """Writes what belongs to the whole, once all shards are there; the provenance last.
 
     Raises:
@@ -248,13 +251,19 @@ def finish(folder: Path, provenance: Provenance, num_images: int | None, rows: T
     )
     paths = [shard_path(folder, done.split, number) for number in range(len(infos))]
     draw_rows(rows.model, spread_rows(paths, DRAWN), folder / PICTURE)
-    write_card(folder, done, list(rows.features))
+    write_card(folder, done, list(rows.features), license)
     done.save(folder)
     return done
 
 
 def push(
-    folder: Path, columns: list[str], repository: str, private: bool, branch: str | None, token: str | None
+    folder: Path,
+    columns: list[str],
+    license: str | None,
+    repository: str,
+    private: bool,
+    branch: str | None,
+    token: str | None,
 ) -> str:
     """Pushes a finished dataset, its provenance last and without paths of this machine; gives its address."""
     hub = HfApi(token=token)
@@ -262,13 +271,12 @@ def push(
     if branch:
         hub.create_branch(url.repo_id, branch=branch, repo_type="dataset", exist_ok=True)
     where = {"repo_id": url.repo_id, "repo_type": "dataset", "revision": branch}
-    mine = [RUN, PROVENANCE, "unfinished-*"]
     mine = [RUN, PROVENANCE, "README.md", "unfinished-*"]
     hub.upload_folder(**where, folder_path=folder, ignore_patterns=mine, commit_message="Image tokens")
     there = Provenance.load(folder)
     public = replace(there, source=shown(there.source), model_name_or_path=shown(there.model_name_or_path))
     last = {
-        "README.md": str(dataset_card(url.repo_id, there, columns)),
+        "README.md": str(dataset_card(url.repo_id, there, columns, license)),
         PROVENANCE: json.dumps(asdict(public), indent=2) + "\n",
     }
     operations = [CommitOperationAdd(name, text.encode()) for name, text in last.items()]
@@ -276,7 +284,7 @@ def push(
     return str(url)
 
 
-@ends_in_one_line()
+@ends_in_one_line(smaller="--batch_size or --image_size")
 def main() -> None:
     args = parser.parse_args()
     if not args.push_to_hub and (args.private or args.revision):
@@ -290,6 +298,8 @@ def main() -> None:
     if args.max_samples is not None:
         is_stream = isinstance(dataset, datasets.IterableDataset)
         dataset = dataset.take(args.max_samples if is_stream else min(args.max_samples, len(dataset)))
+    if state.is_main_process:
+        print(f"Loading the tokenizer {args.model_name_or_path} (downloaded if it is not here).", flush=True)
     rows = TokenRows(
         args.model_name_or_path,
         args.model_revision,
@@ -303,6 +313,9 @@ def main() -> None:
         device=args.device or state.device,
         **labels_and_texts(dataset),
     )
+    if state.is_main_process:
+        count = "" if isinstance(dataset, datasets.IterableDataset) else f"{len(dataset):,} "
+        print(f"Looking whether the {count}images of {args.data} are those of a run before.", flush=True)
     folder, wanted = args.output_dir, provenance_of(args, rows, dataset)
     provenance = begun(folder, wanted)
     state.wait_for_everyone()  # all have looked
@@ -335,7 +348,8 @@ def main() -> None:
     seconds = time.perf_counter() - begin
     if not state.is_main_process:
         return
-    done = finish(folder, provenance, plan.num_images, rows)
+    print(f"Reading the shards again, and decoding {DRAWN} rows for the card.", flush=True)
+    done = finish(folder, provenance, plan.num_images, rows, args.license)
     if tokens:
         run = {"tokens": tokens, "seconds": seconds, "processes": count, "device": str(rows.model.device)}
         write_whole(folder / RUN, lambda path: path.write_text(json.dumps(run, indent=2)))
@@ -343,8 +357,9 @@ def main() -> None:
     unread = f", {done.num_unreadable:,} of them could not be read ({UNREADABLE})" if done.num_unreadable else ""
     print(f"{done.num_rows:,} rows of {done.num_images:,} images{unread}: {folder}")
     if args.push_to_hub:
+        print(f"Pushing to {args.push_to_hub}.", flush=True)
         where = args.push_to_hub, args.private, args.revision, args.token
-        print(f"Pushed to {push(folder, list(rows.features), *where)}")
+        print(f"Pushed to {push(folder, list(rows.features), args.license, *where)}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """Loading a trained tokenizer of either kind by the classes of this repository, which AutoModel takes in place of the
 code beside a checkpoint: that is not run, unless it is another kind of model and that is asked for."""
 
+import os
 from contextlib import contextmanager
 from dataclasses import fields
 
 import torch
+from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
@@ -12,6 +14,7 @@ from configuration_simvq import VQRAEConfig
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import ImageTokenizer, VQRAEModel
 from modeling_simvq_gan import SimVQGANModel
+from reading.sources import NAME_ON_HUB
 
 
 MODELS = {model.config_class.model_type: model for model in (VQRAEModel, SimVQGANModel)}
@@ -23,7 +26,21 @@ def loading(name_or_path: str):
     try:
         yield
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{name_or_path} cannot be loaded: {' '.join(str(error).split())}") from error
+        raise ValueError(cannot_be_loaded(name_or_path, error)) from error
+
+
+def cannot_be_loaded(name_or_path: str, error: Exception) -> str:
+    """What is wrong with a model that a library could not load, in one line. Transformers takes every path that is not
+    there for a name of the hub, and says that the network is at fault."""
+    said = " ".join(str(error).split())
+    if os.path.exists(name_or_path) or not isinstance(error, (OSError, HFValidationError)):
+        return f"{name_or_path} cannot be loaded: {said}"
+    if not NAME_ON_HUB.fullmatch(name_or_path):
+        return f"There is no folder {name_or_path}: check the path of the model."
+    return (
+        f"There is no folder {name_or_path} here, and no model of this name could be had from the hub ({said}): check "
+        "the path, or the name and the connection."
+    )
 
 
 def load_any(

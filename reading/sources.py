@@ -18,7 +18,7 @@ from reading.files import dataset_of_files, files_below, find_images, images_amo
 from reading.images import BELOW, EXTENSIONS
 
 
-NAME_OF_DATASET = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # on the hub: dataset, or owner/dataset
+NAME_ON_HUB = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # dataset or model, or owner/dataset
 ARCHIVES = {".tar": "webdataset", ".parquet": "parquet", ".zip": "zip"}  # kinds of files that hold many images
 NAMES = {"image": "images"} | {kind: suffix for suffix, kind in ARCHIVES.items()}
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")  # of the shell: {000..012}
@@ -88,7 +88,7 @@ def find_source(name_or_path: str | Path) -> Source:
     kind = ARCHIVES.get(path.suffix.lower())
     if kind and (path.is_file() or is_pattern):
         return _source_of_archives(name, kind, _expand(name))
-    if is_pattern or not NAME_OF_DATASET.fullmatch(name) or path.suffix == ".txt" or kind or path.is_file():
+    if is_pattern or not NAME_ON_HUB.fullmatch(name) or path.suffix == ".txt" or kind or path.is_file():
         raise ValueError(no_images_there(name))
     return Source(name, "hub")
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -157,7 +158,8 @@ def test_steps_of_the_page(app, model, image_folder):
 def test_usage_is_over_the_session_or_over_all_examples(app, tiny_model, image_folder):
     (image_folder / "a-0.png").write_bytes(b"no image")
     tiny_model.eval()
-    tokenizer = app.Tokenizer(tiny_model, VQRAEImageProcessor.for_image_size(32), find_images(image_folder))
+    files = [str(path) for path in find_images(image_folder)]
+    tokenizer = app.Tokenizer(tiny_model, VQRAEImageProcessor.for_image_size(32), files)
     counts = torch.tensor([5, 3] + [0] * 62)
     text, chart = tokenizer.usage(app.SESSION, counts)
     assert "**2** of 64 codes used (**3.1%**), perplexity **2**, over 8 tokens" in text and "<svg" in chart
@@ -223,6 +225,37 @@ def test_a_missing_checkpoint_is_told(app, monkeypatch, capsys, tmp_path):
 MODEL, SCREENSHOT = os.environ.get("VQRAE_DEMO_MODEL"), os.environ.get("VQRAE_DEMO_SCREENSHOT")
 
 
+@contextlib.contextmanager
+def serving(arguments: list[str], folder: Path):
+    """The address of a page that Python serves with these arguments, started in a folder."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=os.environ | {"GRADIO_SERVER_PORT": str(port), "PYTHONUNBUFFERED": "1", "PYTHONPATH": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        lines, ended = [], threading.Timer(300, process.kill)  # which ends the lines
+        ended.start()
+        while not lines or "Running on" not in lines[-1]:
+            lines.append(process.stdout.readline())
+            assert lines[-1], "".join(lines)
+        ended.cancel()
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        ended.cancel()
+        process.terminate()
+        try:
+            process.communicate(timeout=60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """A model, its processor, and the address of app.py with it."""
@@ -237,35 +270,8 @@ def served(tmp_path_factory):
         VQRAEImageProcessor.for_image_size(32).save_pretrained(folder)
         for file in folder.glob("*.py"):
             file.write_text("raise RuntimeError('code that comes with a model was run')")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "app.py"), "--model", str(folder)],
-        env=os.environ | {"GRADIO_SERVER_PORT": str(port), "PYTHONUNBUFFERED": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    try:
-        lines, ended = [], threading.Timer(300, process.kill)  # which ends the lines
-        ended.start()
-        while not lines or "Running on" not in lines[-1]:
-            lines.append(process.stdout.readline())
-            assert lines[-1], "".join(lines)
-        ended.cancel()
-        yield (
-            VQRAEModel.from_pretrained(folder).eval(),
-            VQRAEImageProcessor.from_pretrained(folder),
-            f"http://127.0.0.1:{port}",
-        )
-    finally:
-        ended.cancel()
-        process.terminate()
-        try:
-            process.communicate(timeout=60)
-        except subprocess.TimeoutExpired:
-            process.kill()
+    with serving([str(ROOT / "app.py"), "--model", str(folder)], ROOT) as address:
+        yield VQRAEModel.from_pretrained(folder).eval(), VQRAEImageProcessor.from_pretrained(folder), address
 
 
 class Page:
@@ -301,6 +307,11 @@ class Page:
         yield
         self.wait.until(lambda _: self.all(f"{selector} img") and self.source(selector) != before)
 
+    def save_screenshot(self, path) -> None:
+        picture = Image.open(io.BytesIO(self.driver.get_screenshot_as_png())).convert("RGB")
+        picture = picture.point(lambda level: min(255, (level + 4) // 8 * 8))  # not seen, and half the bytes
+        picture.save(path, optimize=True)
+
     def upload(self, path) -> None:
         self.driver.find_element("css selector", "#upload input[type=file]").send_keys(str(path))
 
@@ -325,10 +336,13 @@ class Page:
 
 
 @pytest.fixture
-def page(served):
+def page(served, request):
+    """The page as a desktop shows it, or in a window of other metrics, those of a phone."""
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
+    if metrics := getattr(request, "param", None):
+        options.add_experimental_option("mobileEmulation", {"deviceMetrics": metrics})
     options.binary_location = shutil.which("chromium")
     for argument in ("--headless=new", "--no-sandbox", "--hide-scrollbars", "--window-size=1280,1100"):
         options.add_argument(argument)
@@ -351,9 +365,7 @@ def test_an_image_in_a_reconstruction_out(page, served, photo):
     model, processor, address = served
     side = model.config.grid_size
     if SCREENSHOT:
-        picture = Image.open(io.BytesIO(page.driver.get_screenshot_as_png())).convert("RGB")
-        picture = picture.point(lambda level: min(255, (level + 4) // 8 * 8))  # not seen, and half the bytes
-        picture.save(SCREENSHOT, optimize=True)
+        page.save_screenshot(SCREENSHOT)
     with page.changes("#reconstruction"):
         page.upload(photo)
     tokens = model.get_image_tokens(processor(Image.open(photo), return_tensors="pt").pixel_values)
@@ -370,6 +382,39 @@ def test_an_image_in_a_reconstruction_out(page, served, photo):
 
     loaded = page.driver.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
     assert loaded and all(name.startswith(address) for name in loaded)  # the page needs no other server
+
+
+PHONE = {"width": 390, "height": 844, "pixelRatio": 2.0, "mobile": True, "touch": True}
+BEYOND = """
+return [...document.querySelectorAll("button, input, img, svg[width], h1, [data-testid=markdown]")].filter(element => {
+    const place = element.getBoundingClientRect();
+    const shown = element.checkVisibility() && place.width > 1 && place.height > 1;
+    return shown && (place.left < -1 || place.right > document.documentElement.clientWidth + 1)
+        && !element.closest("[style*='overflow-x: auto']");
+}).map(element => element.outerHTML.slice(0, 200));
+"""
+
+
+@pytest.mark.parametrize("page", [None, PHONE], ids=["desktop", "phone"], indirect=True)
+def test_all_is_within_the_width_of_a_desktop_and_of_a_phone(page, photo):
+    """Nothing is cut off or has to be scrolled to from side to side, pictures are large enough to see, and an upload
+    works."""
+    with page.changes("#reconstruction"):
+        page.upload(photo)
+    shown = {
+        "Reconstruct": ["#upload", "#reconstruction img", "#token-map img"],
+        "Codebook": ["#code input", "#alone img", "#near"],
+        "Edit": ["#after img", "#edit-map img", "#other", "#transplant", "#top input"],
+    }
+    for tab, selectors in shown.items():
+        page.tab(tab)
+        for selector in selectors:
+            element = page.one(selector)
+            assert "img" not in selector or min(element.size.values()) >= 200, selector
+        assert page.driver.execute_script("return document.documentElement.scrollWidth <= innerWidth"), tab
+        assert page.driver.execute_script(BEYOND) == [], tab
+        if SCREENSHOT:
+            page.save_screenshot(Path(SCREENSHOT).with_stem(f"{tab}-{page.driver.execute_script('return innerWidth')}"))
 
 
 def test_a_bad_file_is_told(page, tmp_path, photo):
@@ -406,7 +451,7 @@ def test_tokens_are_replaced(page, served, photo):
     tokens = model.get_image_tokens(processor(Image.open(photo), return_tensors="pt").pixel_values)[0]
     with page.changes("#token-map"):
         page.upload(photo)
-    page.tab("Edit tokens")
+    page.tab("Edit")
     with page.changes("#edit-map"):
         page.click_token("#edit-map", side - 1, side - 1, side)
     with page.changes("#edit-map"):
@@ -423,7 +468,8 @@ def test_tokens_are_replaced(page, served, photo):
     page.says(f"Code {model.config.codebook_size} is outside the codebook: choose one from 0")
     page.one("#transplant").click()
     page.says("There is no image: upload one, or click an example.")
-    page.enter("#top", side - 1)
     page.enter("#new-code", 7)
+    with page.changes("#edit-map"):
+        page.enter("#top", side - 1)
     page.one("#fill").click()
     page.says(f"is not inside the grid of {side} x {side}")

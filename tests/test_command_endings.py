@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import tiny_config
 from PIL import Image
 from transformers import AutoConfig, AutoModel
@@ -21,6 +22,9 @@ MODEL = f"{EVALUATE} --data images --model_name_or_path"
 STATISTICS = "eval.reference_statistics --output_file out.npz --data images --image_size 32"
 RAE = "convert.rae --output_dir out"
 SIMVQ = "convert.simvq_checkpoint --output_dir out"
+TRAIN = "train_hf --train_data images --max_steps 1 --report_to none --use_cpu --lpips_weight 0 --output_dir out"
+TOKENIZE = "generation.tokenize_images --model_name_or_path model --data images --num_workers 0 --output_dir out"
+NO_FOLDER = "There is no folder {} here, and no {} of this name could be had from the hub"
 
 
 @pytest.fixture
@@ -42,7 +46,8 @@ def folder(tmp_path, image_folder, monkeypatch):
     (tmp_path / "other.json").write_text("[1]")
     np.save(tmp_path / "array.npy", np.zeros(3))
     (tmp_path / "theirs.py").write_text(
-        "def numpy(pixels):\n    return pixels.numpy()\n\ndef half(x):\n    return x[:, :, ::2]\n"
+        "def numpy(pixels):\n    return pixels.numpy()\n\ndef half(x):\n    return x[:, :, ::2]\n\n"
+        "def large(x):\n    return x.new_empty(10**15)\n\ndef normalised(x):\n    return (x - 0.5) / 0.2\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     VQRAEModel(tiny_config()).save_pretrained(tmp_path / "model")
@@ -106,14 +111,24 @@ def end(command: str, monkeypatch, capsys) -> str:
         (f"{CLONE} --data broken", "none of them could be read"),
         (f"{CLONE} --data list.txt", "nowhere.png"),
         (f"{CLONE} --data nobody/nothing", "nobody/nothing"),
-        (f"{MODEL} nowhere", "nowhere"),
+        (f"{MODEL} nowhere", NO_FOLDER.format("nowhere", "model")),
+        (f"{MODEL} ./no/such/folder", "There is no folder ./no/such/folder: check the path"),
         (f"{MODEL} empty", "empty"),
-        (f"{MODEL} no/such/name", "no/such/name"),
+        (f"{MODEL} no/such/name", "There is no folder no/such/name: check the path"),
+        (f"{TRAIN} --model_name_or_path model --train_data nowhere", NO_FOLDER.format("nowhere", "dataset")),
+        (f"{TRAIN} --model_name_or_path nowhere", NO_FOLDER.format("nowhere", "model")),
+        (f"{TRAIN} --encoder_name_or_path nobody/nothing", NO_FOLDER.format("nobody/nothing", "model")),
+        (f"{TRAIN} --encoder_name_or_path ./vti", "There is no folder ./vti: check the path"),
+        (f"{TRAIN} --model_name_or_path model --image_size 33", "not a multiple of its patch size 8: take 32"),
+        (f"{TRAIN} --encoder_name_or_path vit --image_size 33", "not a multiple of its patch size 16: take 32"),
+        (f"{TOKENIZE} --model_name_or_path nowhere", NO_FOLDER.format("nowhere", "model")),
+        (f"{TOKENIZE} --data nowhere", NO_FOLDER.format("nowhere", "dataset")),
+        (f"{TOKENIZE} --image_size 33", "must be a positive multiple of the tokenizer's patch, 8 px"),
         (f"{MODEL} damaged", "damaged cannot be loaded"),
         (f"{MODEL} vit", "not a tokenizer"),
         (f"{MODEL} fields", "codebook_size"),
         (f"{MODEL} foreign", "nothing we know"),
-        (f"{MODEL} model --image_size 33", "multiples of decoder_patch_size 8"),
+        (f"{MODEL} model --image_size 33", "model takes multiples of 8 px, such as 32"),
         (f"{MODEL} model --reference_model nowhere", "nowhere"),
         (f"{MODEL} model --update_model_card", "has no README.md"),
         ("eval.compare model", "pass at least two files"),
@@ -154,3 +169,90 @@ def test_mistakes_end_a_command_in_one_line(command, message, folder, monkeypatc
     assert message in end(command, monkeypatch, capsys)
     assert not (folder / "out" / "results.json").exists() and not (folder / "out.npz").exists()
     assert not (folder / "out" / "config.json").exists()
+
+
+def out_of_memory_of_a_gpu(*_, **__):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of ...")
+
+
+def too_large(*_, **__):
+    return torch.empty(10**15)
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+@pytest.mark.parametrize("fails, asked", [(too_large, "4000000000000000 bytes"), (out_of_memory_of_a_gpu, "2.00 GiB")])
+@pytest.mark.parametrize(
+    "command, options",
+    [
+        (f"{TRAIN} --model_name_or_path model", "--per_device_train_batch_size and --per_device_eval_batch_size"),
+        (f"{MODEL} model", "--batch_size or --image_size"),
+        (TOKENIZE, "--batch_size or --image_size"),
+    ],
+)
+def test_memory_that_does_not_suffice_ends_in_what_to_lower(
+    command, options, fails, asked, folder, monkeypatch, capsys
+):
+    monkeypatch.setattr(VQRAEModel, "_image_features", fails)
+    said = end(command, monkeypatch, capsys)
+    assert said.startswith(f"The memory did not suffice when {asked} more were needed: lower {options}")
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+def test_memory_of_their_function_too(folder, monkeypatch, capsys):
+    assert "lower --batch_size" in end(CLONE.replace("torch:clone", "theirs:large"), monkeypatch, capsys)
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+def test_normalised_reconstructions_are_told(folder, monkeypatch, capsys):
+    """As pixels of our own models, which refuse them, they would be an error."""
+    monkeypatch.setattr(
+        sys, "argv", ["reconstruction.py", *CLONE.replace("torch:clone", "theirs:normalised").split()[1:]]
+    )
+    runpy.run_module("eval.reconstruction", run_name="__main__")
+    assert "they must be in [0, 1], as what they are made of is. Undo a normalisation." in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_push_without_a_network_says_so(offline, folder, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    said = end(f"{TOKENIZE} --push_to_hub me/tokens --token hf_none", monkeypatch, capsys)
+    assert said.startswith("The hub could not be reached (") and "give the same command again" in said
+    assert (folder / "out" / "train-00000.parquet").exists()
+
+
+class Begun(Exception):
+    """In place of something that takes long."""
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+@pytest.mark.parametrize(
+    "command, begins, line",
+    [
+        (f"{TRAIN} --model_name_or_path model", "reading.models.load_pretrained", "Loading the tokenizer model"),
+        (f"{TRAIN} --encoder_name_or_path vit", "modeling_simvq.VQRAEModel.from_encoder_pretrained", "Loading the enc"),
+        (f"{TRAIN} --model_name_or_path model --convnext_weight 1", "training.losses._load", "Loading the networks of"),
+        (
+            f'{TRAIN} --encoder_name_or_path vit --model_config {{"codebook_size":8,"image_size":64}} --token_passes 1',
+            "training.token_passes._identity",
+            "Tokens of 11 images",
+        ),
+        (f"{MODEL} model", "reading.models.load_any", "Loading the tokenizer model"),
+        (f"{MODEL} model", "eval.evaluation.Evaluation.compute", "Computing the metrics of 12 images"),
+        (TOKENIZE, "reading.models.AutoModel.from_pretrained", "Loading the tokenizer model"),
+        (TOKENIZE, "generation.source.source_hash", "Looking whether the 12 images of images are"),
+        (TOKENIZE, "generation.card.draw_rows", "Reading the shards again, and decoding 16 rows"),
+        (f"{TOKENIZE} --push_to_hub me/tokens", "huggingface_hub.HfApi.create_repo", "Pushing to me/tokens"),
+    ],
+)
+def test_what_may_take_long_is_said_before_it_begins(command, begins, line, folder, monkeypatch, capsys):
+    def stop(*_, **__):
+        raise Begun
+
+    monkeypatch.setattr(begins, stop)
+    name, *arguments = command.split()
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+    with pytest.raises(Begun):
+        runpy.run_module(name, run_name="__main__")
+    assert capsys.readouterr().out.splitlines()[-1].startswith(line)

@@ -144,7 +144,7 @@ def documented_modules():
     """Commands that are modules with a parser of their own."""
     for document in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))):
         text = "\n".join(blocks(document.relative_to(ROOT), "bash")).replace("\\\n", " ")
-        for module, arguments in re.findall(r"-m ((?:generation|benchmarks)\.\w+) (.*)", text):
+        for module, arguments in re.findall(r"-m ((?:generation|benchmarks|examples)\.\w+) (.*)", text):
             if "..." not in arguments and "$" not in arguments:
                 yield pytest.param(module, arguments, id=f"{document.name}: {module} {arguments.strip()[-30:]}")
 

@@ -116,7 +116,7 @@ def measured_and_told(data: str, protocol: str, folder: Path, monkeypatch) -> tu
     reconstruction.main()
     result = json.loads((folder / "results.json").read_text())
     results = ModelCard.load(CHECKPOINT / "README.md").data.eval_results
-    same = [r for r in results if r.dataset_args["pixels_sha256"] == result["data"]["pixels_sha256"]]
+    same = [r for r in results if r.metric_args["pixels_sha256"] == result["data"]["pixels_sha256"]]
     return result["metrics"], {r.metric_type: r.metric_value for r in same}
 
 

@@ -16,6 +16,13 @@ from training.options import is_secret
 
 
 RECIPE = "training_recipe.json"
+# the hub's own example for images
+WIDGET = [
+    {
+        "src": "https://huggingface.co/datasets/mishig/sample_images/resolve/main/tiger.jpg",
+        "example_title": "Tiger",
+    }
+]
 
 USAGE = """```python
 import torch
@@ -112,6 +119,7 @@ def model_card(name: str, trainer, provenance: Provenance) -> ModelCard:
         license=provenance.license or parent.get("license"),
         base_model=on_hub[0] if on_hub else parent.get("base_model"),
         datasets=_named_datasets(provenance, parent),
+        widget=WIDGET,
     )
     pictures = [file for file in trainer.card_files() if file.suffix == ".png"]
     picture = "\nHeld-out images: originals, reconstructions"

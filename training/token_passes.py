@@ -47,6 +47,7 @@ def tokenize_crops(
     Raises:
         ValueError: an image that cannot be read.
     """
+    print(f"Tokens of {len(dataset):,} images, {passes} crops of each ({folder}): those there are kept.", flush=True)
     plain = dataset.with_format(None)
     images = [_identity(record) for record in plain["image"]]
     crops = transform.image_size, transform.seed, transform.min_crop_area

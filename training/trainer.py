@@ -183,6 +183,8 @@ class VQRAETrainer(MonitoringTrainer):
         args = self.args
         weights = args.l1_weight, args.l2_weight, args.lpips_weight, args.lpips_network, args.convnext_weight
         error, loss = None, None
+        if (args.lpips_weight or args.convnext_weight) and self.is_world_process_zero():
+            print("Loading the networks of the loss (downloaded if they are not in $TORCH_HOME).", flush=True)
         with self.accelerator.local_main_process_first():  # which downloads
             try:
                 loss = ReconstructionLoss(*weights, args.perceptual_weights, args.gradient_weight)
