@@ -136,7 +136,7 @@ def write_samples(output: Path, names: dict, settings: dict, called: list, count
     write_whole(output / SAMPLES, lambda path: path.write_text(json.dumps(content, indent=1) + "\n"))
 
 
-@ends_in_one_line()
+@ends_in_one_line(smaller="--batch_size")
 def main() -> None:
     args = parser.parse_args()
     if args.keep_rows is not None and args.complete is None:
@@ -146,6 +146,8 @@ def main() -> None:
 
     state = PartialState(cpu=args.device is not None and args.device.type == "cpu")
     device = args.device or state.device
+    if state.is_main_process:
+        print(f"Loading the generator {args.model_name_or_path} (downloaded if it is not here).", flush=True)
     model, vocabulary = load_generator(args.model_name_or_path, device, DTYPES[args.dtype], args.revision)
     drawing = {name: getattr(args, name) for name in ("guidance_scale", "temperature", "top_k", "top_p")}
     check_options(vocabulary, **drawing)
@@ -155,6 +157,8 @@ def main() -> None:
             text_tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, revision=args.revision)
         encode_text = lambda text: text_tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
     conditions, called = condition_list(vocabulary, args.classes, args.texts, encode_text, args.complete is not None)
+    if state.is_main_process:
+        print(f"Loading the tokenizer {args.tokenizer or vocabulary.model_name_or_path}.", flush=True)
     tokenizer = load_painter(vocabulary, args.tokenizer, device)
     first = None
     if args.complete is not None:

@@ -240,7 +240,10 @@ def rules(model: GeneratorArguments, data: TokenArguments, vocabulary: Vocabular
     ]
 
 
-@ends_in_one_line()
+@ends_in_one_line(
+    smaller="--per_device_train_batch_size and --per_device_eval_batch_size (--gradient_accumulation_steps makes up "
+    "for it), or --model_size"
+)
 def main() -> None:
     kinds = GeneratorArguments, TokenArguments, GeneratorTrainingArguments
     with ends_in_one_line(ValueError):  # transformers looks at options too
@@ -249,6 +252,8 @@ def main() -> None:
     set_seed(training_args.seed)
     output, main_process = Path(training_args.output_dir), training_args.process_index == 0
 
+    if main_process:
+        print(f"Reading the tokens of {data_args.train_data}.", flush=True)
     with training_args.main_process_first(desc="reading tokens"):
         rows, provenance = load_rows(data_args.train_data)
         eval_rows, eval_provenance = load_rows(data_args.eval_data) if data_args.eval_data else (rows, provenance)
@@ -277,6 +282,8 @@ def main() -> None:
                 f"{output} has checkpoints of a generator with another vocabulary (compare its {FILE}): choose "
                 "another --output_dir."
             )
+    if main_process:
+        print("Making the generator, and counting codes.", flush=True)
     with ends_in_one_line(ValueError):
         model = make_model(model_args, vocabulary)
     frequencies = on_main_process(lambda: frequency_models(train, held_out))

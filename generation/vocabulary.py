@@ -9,6 +9,7 @@ from huggingface_hub.errors import HFValidationError
 from transformers.utils import cached_file
 
 from eval.files import read_fields, write_whole
+from reading.models import cannot_be_loaded
 
 
 FILE = "vocabulary.json"  # beside the model's config.json
@@ -222,6 +223,8 @@ class Vocabulary:
         try:
             file = cached_file(str(name_or_path), FILE, revision=revision)
         except (OSError, HFValidationError) as error:
+            if not Path(name_or_path).exists():
+                raise ValueError(cannot_be_loaded(str(name_or_path), error)) from error
             what = " ".join(str(error).split())
             raise ValueError(f"{name_or_path} is no generator of generation/train.py, no {FILE}: {what}") from error
         content = read_fields(Path(file))

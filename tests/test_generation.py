@@ -154,6 +154,8 @@ def test_mistakes_of_sampling_are_named_in_one_line(learned, tmp_path, monkeypat
         (["--tokenizer", tmp_path / "other"], tokenizer_hash(other)),
         (["--tokenizer", tmp_path / "nowhere"], "nowhere"),
         (["--model_name_or_path", tmp_path / "other"], "is no generator of generation/train.py"),
+        (["--model_name_or_path", tmp_path / "no"], f"There is no folder {tmp_path / 'no'}: check the path"),
+        (["--model_name_or_path", "me/generator"], "There is no folder me/generator here, and no model of this name"),
         (["--num_images", "0"], "must be at least 1"),
         (["--device", "nowhere"], "is not here"),
     ):
@@ -163,6 +165,15 @@ def test_mistakes_of_sampling_are_named_in_one_line(learned, tmp_path, monkeypat
         said = capsys.readouterr().err.strip().splitlines()
         assert end.value.code in (1, 2) and "error: " in said[-1] and message in said[-1], (arguments, said)
     assert not (tmp_path / "out").exists()
+
+
+def test_memory_that_does_not_suffice_for_sampling_ends_in_what_to_lower(learned, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("transformers.LlamaForCausalLM.forward", lambda *_, **__: torch.empty(10**15))
+    with pytest.raises(SystemExit):
+        run_sampling(monkeypatch, "--model_name_or_path", learned / "generator", "--output_dir", tmp_path / "out")
+    said = capsys.readouterr()
+    assert "The memory did not suffice when 4000000000000000 bytes more were needed: lower --batch_size" in said.err
+    assert "Loading the generator" in said.out and "Loading the tokenizer" in said.out
 
 
 def test_the_documents_code_runs(learned, tmp_path, monkeypatch):

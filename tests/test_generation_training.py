@@ -185,6 +185,17 @@ def test_sizes_are_those_of_llamagen():
         assert round((model.num_parameters() - unused) / 1e6) == pytest.approx(millions, abs=1)
 
 
+def test_memory_that_does_not_suffice_for_training_ends_in_what_to_lower(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("transformers.LlamaForCausalLM.forward", lambda *_, **__: torch.empty(10**15))
+    with pytest.raises(SystemExit):
+        run_training(monkeypatch, "--train_data", folder, "--output_dir", tmp_path / "out", "--max_steps", "1")
+    said = capsys.readouterr()
+    assert (
+        "The memory did not suffice when 4000000000000000 bytes more were needed: lower --per_device_train" in said.err
+    )
+    assert "Reading the tokens of" in said.out and "Making the generator" in said.out
+
+
 def test_mistakes_are_named_in_one_line(folder, tmp_path, monkeypatch, capsys):
     other = write_tokens(tmp_path / "grid", torch.zeros(4, 1, 2, 2, dtype=torch.long), labels=[0, 1, 2, 3])
     strange = write_tokens(tmp_path / "strange", torch.zeros(4, 1, 2, 3, dtype=torch.long), tokenizer_hash="1" * 64)

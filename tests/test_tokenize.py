@@ -482,7 +482,7 @@ def test_a_folder_of_something_else_is_left_alone(work):
     "more, message",
     [
         (("--data", "no/where/at all"), "does not exist"),
-        (("--model_name_or_path", "nowhere"), "nowhere cannot be loaded"),
+        (("--model_name_or_path", "nowhere"), "There is no folder nowhere here, and no model"),
         (("--model_name_or_path", "images"), "images cannot be loaded"),
         (("--image_size", "20"), "multiple of the tokenizer's patch, 8 px"),
         (("--native_size", "--image_size", "32"), "no effect beside native_size"),
