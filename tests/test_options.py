@@ -9,6 +9,7 @@ import sys
 import pytest
 from test_docs import blocks
 from test_loading import ROOT
+from test_recipes import RECIPES
 
 import train_hf
 from training.options import (
@@ -109,15 +110,13 @@ def test_rules_name_options_that_there_are():
         assert {*rule.names.split(), *rule.of.split()} <= known, rule
 
 
-@pytest.mark.parametrize("recipe", sorted(ROOT.glob("configs/*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipes_have_no_option_without_effect(recipe, tmp_path, monkeypatch):
     options = json.loads(recipe.read_text())
     monkeypatch.chdir(tmp_path)
     if "holdout" in options:  # from a folder, which is there
         (tmp_path / options.get("train_data", "my_images")).mkdir(parents=True)
         (tmp_path / options.get("train_data", "my_images") / "a.png").touch()
-    if recipe.stem in ("collapse", "fused_latents"):  # of a benchmark
-        return
     extra = [] if "train_data" in options else ["--train_data", "."]
     if not options.keys() & {"encoder_name_or_path", "model_name_or_path"} and "encoder_config" not in str(options):
         extra += ["--encoder_name_or_path", "org/encoder"]

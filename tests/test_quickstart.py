@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_config
+from generators import TINY, make_tokenizer
 from huggingface_hub import ModelCard
 from PIL import Image
 from test_loading import ROOT, run
@@ -16,6 +17,9 @@ from eval import reconstruction
 from eval.commands import ends_in_one_line
 from eval.results import weights_file_hash
 from examples import quickstart
+from generation import train
+from generation.provenance import tokenizer_hash
+from generation.vocabulary import Vocabulary
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import VQRAEModel
 from reading.files import find_images
@@ -34,6 +38,13 @@ def test_quick_start_reconstructs_fine_tunes_measures_and_writes_its_page(tmp_pa
     model.initialize_codebook([torch.rand(16, 3, 32, 32)])
     model.save_pretrained(tmp_path / "tiny")
     VQRAEImageProcessor.for_image_size(32).save_pretrained(tmp_path / "tiny")
+    painter = make_tokenizer(tmp_path / "painter")
+    words = Vocabulary(
+        16, 4, 4, "class", tokenizer_hash(painter), str(tmp_path / "painter"), class_names=["dots", "stripes"]
+    )
+    train.make_model(train.GeneratorArguments(model_config=json.loads(TINY)), words).save_pretrained(tmp_path / "llama")
+    words.save(tmp_path / "llama")
+    monkeypatch.setattr(quickstart, "GENERATOR", str(tmp_path / "llama"))
     monkeypatch.setattr(quickstart, "CHECKPOINT", str(tmp_path / "tiny"))
     monkeypatch.setattr(quickstart, "OUTPUT", str(tmp_path / "out"))
     commands = []
@@ -48,14 +59,14 @@ def test_quick_start_reconstructs_fine_tunes_measures_and_writes_its_page(tmp_pa
     run_command = quickstart.run
     monkeypatch.setattr(quickstart, "run", with_tiny_model)
     quickstart.main()
-    assert [command[0] for command in commands] == ["-m", "train_hf.py", "-m"]
+    assert [command[0] for command in commands] == ["-m", "train_hf.py", "-m", "-m"]
     page = (tmp_path / "out" / "quickstart.html").read_text()
     assert "data:image/png;base64," in page
     for when in ("before", "after"):
         results = json.loads((tmp_path / "out" / when / "results.json").read_text())
         assert results["num_images"] == 43 and f"<td>{results['metrics']['psnr']:.4g}</td>" in page
     with Image.open(tmp_path / "out" / "quickstart.png") as picture:
-        assert picture.size == (8 * 34 + 2, 4 * 34 + 2)  # four rows of eight images of 32 px
+        assert picture.size == (8 * 34 + 2, 5 * 34 + 2)  # five rows of eight images of 32 px
     assert str(tmp_path / "out" / "quickstart.html") in capsys.readouterr().out
 
 
