@@ -150,7 +150,7 @@ def test_results_of_another_evaluation_are_gone_when_one_begins(
     assert "No protocol" in error and (tmp_path / "out" / "results.json").exists()  # nothing began
 
 
-@pytest.mark.parametrize("killed_at", OUTPUTS)
+@pytest.mark.parametrize("killed_at", sorted(OUTPUTS))
 def test_a_kill_among_the_results_leaves_no_results_json(
     killed_at, command, tmp_path, image_folder, saved_model, monkeypatch
 ):

@@ -97,7 +97,10 @@ def test_a_vocabulary_comes_back_from_its_file(tmp_path):
         (tmp_path / "vocabulary.json").write_text(json.dumps(broken))
         with pytest.raises(ValueError, match=message):
             Vocabulary.load(tmp_path)
+    (tmp_path / "vocabulary.json").unlink()
     with pytest.raises(ValueError, match="is no generator of generation/train.py, no vocabulary.json"):
+        Vocabulary.load(tmp_path)
+    with pytest.raises(ValueError, match="There is no folder .*nowhere"):
         Vocabulary.load(tmp_path / "nowhere")
 
 
