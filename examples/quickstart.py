@@ -4,9 +4,9 @@
     python -m examples.quickstart
 
 Loads checkpoints/vqrae-dinov2-small, reconstructs images that it has not seen, fine-tunes its decoder on emoji,
-measures it before and after on others that are held out, and writes runs/quickstart/quickstart.html. Offline, a few
-minutes on two CPU cores; interrupted, it goes on where it was. Every step is a command of this repository, and is
-printed.
+measures it before and after on others that are held out, makes new images by checkpoints/emoji-llama, and writes
+runs/quickstart/quickstart.html. Offline, a few minutes on two CPU cores; interrupted, it goes on where it was. Every
+step is a command of this repository, and is printed.
 """
 
 import html
@@ -17,6 +17,8 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from eval.commands import ends_in_one_line
@@ -34,16 +36,19 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 CHECKPOINT, OUTPUT, HELDOUT = "checkpoints/vqrae-dinov2-small", "runs/quickstart", "examples/heldout.txt"
+GENERATOR = "checkpoints/emoji-llama"
 # four photographs, and four emoji of HELDOUT; none of them was in the training of the checkpoint
 SHOWN = ("astronaut.jpg", "chelsea.jpg", "coffee.jpg", "rocket.jpg")
 SHOWN += ("emoji-0023-fe0f-20e3.webp", "emoji-1f4a7.webp", "emoji-1f516.webp", "emoji-1f951.webp")
 ROWS = (
-    "From above: originals; tokens, near codes in near colours; reconstructions; the same after fine-tuning on emoji."
+    "From above: originals; tokens, near codes in near colours; reconstructions; the same after fine-tuning on emoji; "
+    "new images by a language model of tokens."
 )
 NEXT = f"""What to try next:
   python app.py                                            the same by mouse: pip install ".[demo]"
   python train_hf.py configs/quickstart.json --train_data MY_IMAGES --eval_data MY_OTHERS --output_dir runs/mine
   python -m eval.reconstruction --model_name_or_path {CHECKPOINT} --data MY_IMAGES --output_dir results
+  python -m generation.sample --model_name_or_path {GENERATOR} --classes "Flags" --output_dir runs/flags
 README.md, "Train on your images", for a tokenizer on another encoder."""
 
 
@@ -73,6 +78,18 @@ def reconstruct(name: str, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Te
     return tokens, model.decode(tokens).decoded_pixel_values, model
 
 
+def new_images(count: int, size: torch.Size) -> torch.Tensor:
+    """Images that nobody has drawn, enlarged to `size`: (count, 3, height, width) in [0, 1]."""
+    output = f"{OUTPUT}/new_images"
+    run(
+        *("-m", "generation.sample"),
+        *("--model_name_or_path", GENERATOR, "--num_images", str(count), "--guidance_scale", "3", "--top_p", "0.95"),
+        *("--output_dir", output),
+    )
+    made = torch.stack([pil_to_tensor(Image.open(ROOT / output / f"{i:06d}.png")) for i in range(count)]) / 255
+    return F.interpolate(made, size)
+
+
 def main() -> None:
     emoji = (ROOT / HELDOUT).read_text().split()
     files = [ROOT / "examples" / "images" / name for name in SHOWN]
@@ -88,11 +105,12 @@ def main() -> None:
     run("train_hf.py", "configs/quickstart.json")
     measured["after"] = measure(OUTPUT, "after")
     after = reconstruct(OUTPUT, pixels)[1]
+    new = new_images(len(files), pixels.shape[2:])
 
     names = [name for name, value in measured["before"].items() if value is not None]
     table = [[title(name), *(f"{measured[when][name]:.4g}" for when in measured)] for name in names]
     picture, page = ROOT / OUTPUT / "quickstart.png", ROOT / OUTPUT / "quickstart.html"
-    grid = rows_of([pixels, maps, before, after], columns=len(files))
+    grid = rows_of([pixels, maps, before, after, new], columns=len(files))
     write_whole(picture, lambda path: grid.save(path, format="PNG"))
     rows = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table)
     text = (
