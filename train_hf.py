@@ -45,6 +45,7 @@ from training.data import (
 )
 from training.hub import find_checkpoint, on_main_process
 from training.options import (
+    BATCH_SIZES,
     parse,
     refuse_without_effect,
     rules_of_data,
@@ -286,10 +287,7 @@ def load_data(args: DataArguments, training_args: VQRAETrainingArguments, skippe
     return train, held_out
 
 
-@ends_in_one_line(
-    smaller="--per_device_train_batch_size and --per_device_eval_batch_size (--gradient_accumulation_steps makes up "
-    "for it), or --image_size"
-)
+@ends_in_one_line(smaller=f"{BATCH_SIZES}, or --image_size")
 def main() -> None:
     kinds = ModelArguments, DataArguments, VQRAETrainingArguments
     with ends_in_one_line(ValueError):  # transformers looks at options too

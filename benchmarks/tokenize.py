@@ -38,7 +38,8 @@ from tqdm import tqdm
 from eval.commands import ends_in_one_line
 from eval.files import write_whole
 from eval.options import present_device, whole_number
-from generation.provenance import Provenance, library_versions
+from eval.results import library_versions
+from generation.provenance import OF_TOKENS, Provenance
 from generation.shards import Plan, shard_path
 from generation.tokenize_images import VIEWS_IN_A_LOAD, write_shards
 from generation.tokenizing import TokenRows, prepare
@@ -231,7 +232,7 @@ def main() -> None:
     settings = {name: getattr(args, name) for name in names} | {"image_size": rows.views.image_size}
     device = torch.cuda.get_device_name() if rows.model.device.type == "cuda" else "cpu"
     result = {"settings": settings, "device": device, "cores": len(psutil.Process().cpu_affinity())}
-    result["versions"] = library_versions()
+    result["versions"] = library_versions(OF_TOKENS)
     if args.memory_images:
         result["memory"] = memory(rows, args)
     else:

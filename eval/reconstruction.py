@@ -53,7 +53,7 @@ from eval.results import (
 from eval.semantic_agreement.semantic_agreement import cosine_per_image
 from reading.files import dataset_of_files, match_images
 from reading.images import shown_path
-from reading.models import load_any
+from reading.models import exact_float32, load_any
 from reading.sources import find_source, load_images
 
 
@@ -120,9 +120,7 @@ def start(device: torch.device | None) -> tuple[PartialState, torch.device]:
     on_cpu = device is not None and device.type == "cpu"
     state = PartialState(cpu=on_cpu or not torch.cuda.is_available())
     set_seed(0)
-    # float32 is not TF32, to which NVIDIA's convolutions round their inputs unless told not to
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    exact_float32()
     return state, device or state.device
 
 
@@ -385,7 +383,7 @@ def main() -> None:
     settings |= {"reference_statistics": args.reference_statistics, "batch_size": batch_size}
     settings |= {"num_processes": state.num_processes, "device": str(device), "versions": library_versions()}
     settings |= {"code_sha256": code_hash()}
-    key = progress_key(files or [], settings, args.features, args.max_samples, None if files else data._fingerprint)
+    key = progress_key(files, settings, args.features, args.max_samples, None if files else data._fingerprint)
     images = CroppedImages(data, protocol, size, fakes)
     evaluation = Evaluation(protocol, networks, codebook_size, patch_size)
     workers = args.num_workers if args.num_workers is not None else 8 * (device.type == "cuda")

@@ -38,12 +38,12 @@ PICTURES = 8  # in each row
 ROOT = Path(__file__).resolve().parents[1]
 # results.json comes last: where it is, the others are there, and of the same evaluation
 FILES = ("code_counts.npy", "pictures.png", "neighbours.png", "report.html", "results.md", "results.json")
+OF_NUMBERS = ("torch", "torchvision", "torchmetrics", "torch-fidelity", "transformers", "datasets", "accelerate")
+OF_NUMBERS += ("numpy", "pillow")
 
 
-def library_versions() -> dict[str, str]:
-    """Of everything that the numbers may depend on."""
-    names = ("torch", "torchvision", "torchmetrics", "torch-fidelity", "transformers", "datasets", "accelerate")
-    names += ("numpy", "pillow")
+def library_versions(names: tuple[str, ...] = OF_NUMBERS) -> dict[str, str]:
+    """Of Python and of packages; by default of everything that the numbers may depend on."""
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
 
 

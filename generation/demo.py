@@ -1,13 +1,19 @@
 """What the page of app.py does with a generator."""
 
 from PIL import Image
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from generation.provenance import tokenizer_hash
-from generation.sampling import first_rows, generate_images, grid_processor, load_generator, load_painter
+from generation.sampling import (
+    first_rows,
+    generate_images,
+    grid_processor,
+    load_generator,
+    load_painter,
+    load_text_encoder,
+)
 from generation.vocabulary import Vocabulary
 from modeling_simvq import ImageTokenizer
-from reading.models import loading
 
 
 ANYTHING = "anything"  # the null condition, among names of classes
@@ -40,9 +46,7 @@ class Generator:
         tokenizer = page if own else load_painter(vocabulary, device=page.device)
         encode_text = None
         if vocabulary.condition == "text":
-            with loading(name_or_path):
-                reads = AutoTokenizer.from_pretrained(name_or_path)
-            encode_text = lambda text: reads(text, add_special_tokens=False).input_ids  # noqa: E731
+            encode_text = load_text_encoder(name_or_path)
         return cls(model, vocabulary, tokenizer, encode_text)
 
     @property

@@ -1,9 +1,7 @@
 """Which tokenizer tokens belong to, and how a dataset of them was made."""
 
 import hashlib
-import importlib.metadata
 import json
-import platform
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -23,6 +21,10 @@ SEEN = (
     "image_mean",
     "image_std",
 )
+
+
+# packages, beside this repository, that decide tokens: what reads, resizes and encodes images, and writes rows
+OF_TOKENS = ("torch", "torchvision", "transformers", "datasets", "pillow", "pyarrow")
 
 
 def tokenizer_hash(model: ImageTokenizer) -> str:
@@ -55,12 +57,6 @@ def check_tokenizer(model: ImageTokenizer, expected_hash: str, whose: str) -> No
             f"{whose} belongs to the tokenizer with hash {expected_hash}, but the model given has {found}: its tokens "
             "mean other codes. Name the tokenizer that it was made with."
         )
-
-
-def library_versions() -> dict[str, str]:
-    """Of what decides tokens beside this repository: whatever reads, resizes and encodes images, and writes rows."""
-    names = ("torch", "torchvision", "transformers", "datasets", "pillow", "pyarrow")
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
 
 
 @dataclass

@@ -22,7 +22,6 @@ from accelerate import PartialState
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from eval.commands import ends_in_one_line
 from eval.files import read_fields, write_whole
@@ -37,10 +36,10 @@ from generation.sampling import (
     grid_processor,
     load_generator,
     load_painter,
+    load_text_encoder,
 )
 from generation.vocabulary import Vocabulary
 from image_processing_simvq import VQRAEImageProcessor, read_image
-from reading.models import loading
 from training.hub import on_main_process
 
 
@@ -153,9 +152,7 @@ def main() -> None:
     check_options(vocabulary, **drawing)
     encode_text = None
     if args.texts and vocabulary.condition == "text":
-        with loading(args.model_name_or_path):
-            text_tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path, revision=args.revision)
-        encode_text = lambda text: text_tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
+        encode_text = load_text_encoder(args.model_name_or_path, args.revision)
     conditions, called = condition_list(vocabulary, args.classes, args.texts, encode_text, args.complete is not None)
     if state.is_main_process:
         print(f"Loading the tokenizer {args.tokenizer or vocabulary.model_name_or_path}.", flush=True)

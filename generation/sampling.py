@@ -1,9 +1,17 @@
 """Images from a language model by transformers' own `generate`."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LogitsProcessor, PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LogitsProcessor,
+    PreTrainedModel,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from generation.provenance import check_tokenizer
 from generation.vocabulary import Vocabulary
@@ -241,6 +249,21 @@ def load_generator(
         model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, revision=revision)
     check_model(model, vocabulary)
     return model.eval().to(device), vocabulary
+
+
+def load_text_encoder(name_or_path: str, revision: str | None = None) -> Callable[[str], list[int]]:
+    """Gives the ids of a text, as a generator of condition "text" takes it.
+
+    Args:
+        name_or_path: the generator, beside which its text tokenizer is saved: a folder, or a repository of the hub.
+        revision: branch, tag or commit of the latter.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    with loading(name_or_path):
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision)
+    return lambda text: tokenizer(text, add_special_tokens=False).input_ids
 
 
 def load_painter(

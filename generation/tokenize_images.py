@@ -33,8 +33,9 @@ from tqdm import tqdm
 from eval.commands import ends_in_one_line
 from eval.files import write_whole
 from eval.options import add_source_options, present_device, whole_number
+from eval.results import library_versions
 from generation.card import PICTURE, dataset_card, draw_rows, shown, spread_rows, write_card
-from generation.provenance import PROVENANCE, Provenance, library_versions
+from generation.provenance import OF_TOKENS, PROVENANCE, Provenance
 from generation.shards import Plan, loader, shard_info, shard_path, split_name, write_shard
 from generation.source import labels_and_texts, open_images, source_hash
 from generation.tokenizing import TokenRows, prepare
@@ -122,7 +123,7 @@ def provenance_of(args: argparse.Namespace, rows: TokenRows, dataset) -> Provena
         source_hash=source_hash(dataset),
         max_samples=args.max_samples,
         label_names=label.names if isinstance(label, datasets.ClassLabel) else None,
-        versions=library_versions(),
+        versions=library_versions(OF_TOKENS),
     )
 
 

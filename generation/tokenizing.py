@@ -16,7 +16,7 @@ from generation.provenance import tokenizer_hash
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import ImageTokenizer
 from reading.images import decode_image, image_name, shown_path
-from reading.models import load_any, load_processor
+from reading.models import exact_float32, load_any, load_processor
 
 
 logger = logging.get_logger(__name__)
@@ -290,9 +290,7 @@ class TokenRows:
         if native_size and image_size is not None:
             raise ValueError(f"image_size {image_size} has no effect beside native_size: give one of them.")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        # float32 is not TF32, to which NVIDIA's convolutions round their inputs unless told not to
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.allow_tf32 = False
+        exact_float32()
         self.model = load_any(model_name_or_path, torch.float32, revision=revision).to(device)
         if not isinstance(self.model, ImageTokenizer):
             raise ValueError(

@@ -36,7 +36,7 @@ from generation.trainer import GeneratorTrainer, GeneratorTrainingArguments
 from generation.vocabulary import FILE, Vocabulary
 from reading.models import check_fields
 from training.hub import find_checkpoint, on_main_process
-from training.options import Without, is_secret, parse, refuse_without_effect, rules_of_trainer
+from training.options import BATCH_SIZES, Without, is_secret, parse, refuse_without_effect, rules_of_trainer
 
 
 # of LlamaGen (autoregressive/models/gpt.py), whose SwiGLU is 8/3 of the width, up to a multiple of 256
@@ -240,10 +240,7 @@ def rules(model: GeneratorArguments, data: TokenArguments, vocabulary: Vocabular
     ]
 
 
-@ends_in_one_line(
-    smaller="--per_device_train_batch_size and --per_device_eval_batch_size (--gradient_accumulation_steps makes up "
-    "for it), or --model_size"
-)
+@ends_in_one_line(smaller=f"{BATCH_SIZES}, or --model_size")
 def main() -> None:
     kinds = GeneratorArguments, TokenArguments, GeneratorTrainingArguments
     with ends_in_one_line(ValueError):  # transformers looks at options too

@@ -6,20 +6,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import TrainingArguments
 
 from eval.pictures import save_rows
 from generation.rows import Collate, ImageSequences
 from generation.sampling import generate_images
 from generation.vocabulary import Vocabulary
 from modeling_simvq import ImageTokenizer
+from training.arguments import CommonTrainingArguments
 from training.checkpoints import CheckpointingTrainer
 from training.ema import EMA
 from training.trainer import EpochOfCrops
 
 
 @dataclass
-class GeneratorTrainingArguments(TrainingArguments):
+class GeneratorTrainingArguments(CommonTrainingArguments):
     """`TrainingArguments` with defaults of ours that suit few images, and LlamaGen's where those are not touched (AdamW
     with beta 2 0.95, weight decay 0.05)."""
 
@@ -28,31 +28,13 @@ class GeneratorTrainingArguments(TrainingArguments):
     warmup_steps: float = field(default=0.02, metadata={"help": "Steps of warm-up; below 1: a share of all steps."})
     weight_decay: float = field(default=0.05, metadata={"help": "Of AdamW (LlamaGen: 0.05)."})
     adam_beta2: float = field(default=0.95, metadata={"help": "Beta 2 of AdamW (LlamaGen: 0.95)."})
-    ema_decay: float = field(
-        default=0.999,
-        metadata={
-            "help": "Decay of the moving average of the weights, which is evaluated and saved as the model; 0: off. "
-            "Early in training it is (1 + step) / (10 + step) at most."
-        },
-    )
-    logging_steps: float = field(
-        default=10,
-        metadata={"help": "Steps between lines of the log, or a share of all steps where it is below 1 (default: 10)."},
-    )
     num_pictures: int = field(default=16, metadata={"help": "New images in the picture of each evaluation; 0: none."})
     picture_guidance: float = field(default=1.0, metadata={"help": "Guidance of these; 1: none."})
 
     def __post_init__(self):
         super().__post_init__()
-        self.remove_unused_columns = False
         self.label_names = ["labels"]
         self.prediction_loss_only = True
-        if self.device.type == "cpu":  # nothing to copy to, and torch warns of each loader
-            self.dataloader_pin_memory = False
-        if self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = False
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}.")
         if self.num_pictures < 0:
             raise ValueError(f"num_pictures must not be negative, got {self.num_pictures}.")
 

@@ -43,6 +43,12 @@ def cannot_be_loaded(name_or_path: str, error: Exception) -> str:
     )
 
 
+def exact_float32() -> None:
+    """float32 is not TF32 from here on, to which NVIDIA's convolutions round their inputs unless told not to."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def load_any(
     name_or_path: str, dtype: torch.dtype, trust_remote_code: bool = False, revision: str | None = None
 ) -> PreTrainedModel:

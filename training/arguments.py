@@ -8,7 +8,34 @@ from training.losses import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES
 
 
 @dataclass
-class VQRAETrainingArguments(TrainingArguments):
+class CommonTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with what the training of tokenizers and that of generators have in common."""
+
+    ema_decay: float = field(
+        default=0.999,
+        metadata={
+            "help": "Decay of the moving average of the weights, which is evaluated and saved as the model; 0: off. "
+            "Early in training it is (1 + step) / (10 + step) at most."
+        },
+    )
+    logging_steps: float = field(
+        default=10,
+        metadata={"help": "Steps between lines of the log, or a share of all steps where it is below 1 (default: 10)."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.remove_unused_columns = False  # what the model gets is made when an item is read
+        if self.device.type == "cpu":  # nothing to copy to, and torch warns of each loader
+            self.dataloader_pin_memory = False
+        if self.ddp_find_unused_parameters is None:  # every parameter gets a gradient: no need to look
+            self.ddp_find_unused_parameters = False
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}.")
+
+
+@dataclass
+class VQRAETrainingArguments(CommonTrainingArguments):
     """`TrainingArguments` with the losses of VQRAE and defaults that suit images."""
 
     l1_weight: float = field(default=0.0, metadata={"help": "Weight of the mean absolute pixel error."})
@@ -79,13 +106,6 @@ class VQRAETrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Of an encoder that is trained. Default: 1e-5 in --stage 2, else --learning_rate."},
     )
-    ema_decay: float = field(
-        default=0.999,
-        metadata={
-            "help": "Decay of the moving average of the weights, which is evaluated and saved as the model; 0: off. "
-            "Early in training it is (1 + step) / (10 + step) at most."
-        },
-    )
     gan_weight: float = field(default=0.0, metadata={"help": "Weight of the adversarial loss (VQRAE, stage 2: 0.1)."})
     gan_start_step: int = field(default=0, metadata={"help": "First step with the adversarial loss."})
     gan_adaptive: bool = field(
@@ -129,23 +149,13 @@ class VQRAETrainingArguments(TrainingArguments):
             "help": "Steps with a loss or gradient that is not finite are skipped; so many in a row end the run."
         },
     )
-    logging_steps: float = field(
-        default=10,
-        metadata={"help": "Steps between lines of the log, or a share of all steps where it is below 1 (default: 10)."},
-    )
     num_pictures: int = field(default=16, metadata={"help": "Held-out images in the picture of each evaluation."})
 
     def __post_init__(self):
         super().__post_init__()
-        self.remove_unused_columns = False  # pixels are made from the column `image` when an item is read
         self.label_names = ["pixel_values"]
-        if self.device.type == "cpu":  # nothing to copy to, and torch warns of each loader
-            self.dataloader_pin_memory = False
         self.batch_eval_metrics = True
-        # every parameter gets a gradient, and every process has the same codebook: no need to look, nor to send it
-        if self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = False
-        if self.ddp_broadcast_buffers is None:
+        if self.ddp_broadcast_buffers is None:  # every process has the same codebook: no need to send it
             self.ddp_broadcast_buffers = False
         if self.discriminator_start_step is None:
             self.discriminator_start_step = self.gan_start_step
@@ -158,8 +168,6 @@ class VQRAETrainingArguments(TrainingArguments):
             raise ValueError("bf16_full_eval and fp16_full_eval would round the weights that are saved: pass --bf16.")
         if self.save_on_each_node:
             raise ValueError("save_on_each_node is not supported: put --output_dir on a disk that all nodes see.")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}.")
         for name, choices in (
             ("gan_generator_loss", GENERATOR_LOSSES),
             ("gan_discriminator_loss", DISCRIMINATOR_LOSSES),

@@ -16,6 +16,11 @@ def is_secret(name: str) -> bool:
     return name.split("_")[-1] in SECRET
 
 
+# what a training can lower where its memory does not suffice
+BATCH_SIZES = "--per_device_train_batch_size and --per_device_eval_batch_size"
+BATCH_SIZES += " (--gradient_accumulation_steps makes up for it)"
+
+
 def parse(kinds: tuple[type, ...], arguments: list[str], description: str) -> tuple[tuple, dict, set[str]]:
     """Options of a JSON or YAML file, if the first argument names one, and of the flags behind it, which override them.
 
