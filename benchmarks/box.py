@@ -2,14 +2,18 @@
 
     python -m benchmarks.box --data MY_IMAGES --output_dir runs/box
     python -m benchmarks.box --data MY_IMAGES --output_dir runs/box \\
-        --others "SimVQ's CNN=runs/simvq_gan" "last layer alone=runs/last_layer"
+        --model_name_or_path runs/fused/weight-4/trained --others "last layer=runs/fused/last-layer-alone/trained" \\
+        --train_data runs/images/train.txt --minutes 12
 
 Each image is cropped as the tokenizer in the box needs it. Bytes of a tokenizer are its tokens times the bits that tell
 its codes apart, without entropy coding. JPEG and WebP get the highest quality whose whole file, header included, is no
 larger than the first tokenizer's; where even the lowest is larger, that one is taken, and its size is shown. --oracle
 adds a bound: the linear map from the codes around a token to its patch that least squares finds on these very images.
-No decoder that is linear in so many codes has a smaller squared error there. LPIPS (VGG) needs torchvision's weights.
-Writes results.json, table.md and pictures.png: originals, then a row for each method in the order of the table.
+No decoder that is linear in so many codes has a smaller squared error there. --minutes adds the CNN of the SimVQ paper
+with as many codes and tokens, made narrow (32 channels, not 128) for a CPU, and trained so long on --train_images of
+--train_data; benchmarks.fused_latents trains others for as many minutes on the same images. LPIPS (VGG) needs
+torchvision's weights. Writes results.json, table.md and pictures.png: originals, then a row for each method in the
+order of the table.
 """
 
 import argparse
@@ -25,7 +29,8 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from tqdm import tqdm
 
-from benchmarks.fused_latents import painted, read
+from benchmarks.fused_latents import painted, read, train
+from configuration_simvq_gan import SimVQGANConfig
 from eval.commands import ends_in_one_line
 from eval.files import write_whole
 from eval.lpips.lpips import load_lpips
@@ -33,6 +38,7 @@ from eval.metrics import to_uint8
 from eval.pictures import save_rows
 from fitting_simvq import fit_linear_path
 from modeling_simvq import ImageTokenizer
+from modeling_simvq_gan import SimVQGANModel
 from reading.models import load_pretrained, load_processor
 
 
@@ -95,6 +101,22 @@ def by_oracle(model: ImageTokenizer, images: torch.Tensor, kernel_size: int) -> 
     return to_uint8(F.pixel_shuffle(torch.cat(made), patch_size))
 
 
+def trained_cnn(like: ImageTokenizer, pixels: torch.Tensor, minutes: float) -> SimVQGANModel:
+    """The SimVQ paper's tokenizer with as many codes and tokens as `like`, trained on pixels (B, 3, size, size) in
+    [0, 1]."""
+    torch.manual_seed(0)
+    levels = int(math.log2(like.config.decoder_patch_size)) + 1
+    config = SimVQGANConfig(
+        base_channels=32,
+        channel_multiplier=[1, 2, 2, 4][:levels],
+        image_size=like.config.image_size,
+        codebook_size=like.config.codebook_size,
+    )
+    model = SimVQGANModel(config)
+    print(f"SimVQ's CNN: {train(model, pixels, None, minutes)} steps in {minutes:g} minutes.", flush=True)
+    return model.eval()
+
+
 @torch.no_grad()
 def measure(images: torch.Tensor, made: torch.Tensor, patch_size: int, lpips: torch.nn.Module) -> dict[str, float]:
     """PSNR in dB, LPIPS, and blocking on the grid of the tokenizer in the box; both (B, 3, height, width) of uint8."""
@@ -122,6 +144,9 @@ def main() -> None:
     parser.add_argument("--others", nargs="*", default=[], help="NAME=FOLDER of tokenizers to compare with.")
     parser.add_argument("--data", required=True, help="Images: a folder, or a .txt file that lists them.")
     parser.add_argument("--max_images", type=int, default=40, help="So many of them, drawn by a seed (default: 40).")
+    parser.add_argument("--train_data", help="Images to train SimVQ's CNN on: a folder, or a .txt file.")
+    parser.add_argument("--train_images", type=int, default=400, help="How many of them (default: 400).")
+    parser.add_argument("--minutes", type=float, default=0.0, help="Train it that long (default: 0, leave it out).")
     parser.add_argument(
         "--oracle", nargs="*", type=int, default=[], choices=(1, 3, 5), help="Bounds of linear maps, such as 3 5."
     )
@@ -129,11 +154,17 @@ def main() -> None:
     args = parser.parse_args()
     if wrong := [other for other in args.others if "=" not in other]:
         raise ValueError(f"--others: '{wrong[0]}' must be NAME=FOLDER.")
+    if args.minutes and not args.train_data:
+        raise ValueError("--minutes needs --train_data, the images to train on.")
     named = {"the tokenizer": args.model_name_or_path, **dict(other.split("=", 1) for other in args.others)}
     models = {name: load_pretrained(folder, {}).eval() for name, folder in named.items()}
     box = models["the tokenizer"]
     size, patch_size = box.config.image_size, box.config.decoder_patch_size
-    pixels, files = read(args.data, load_processor(args.model_name_or_path, size), args.max_images)
+    processor = load_processor(args.model_name_or_path, size)
+    pixels, files = read(args.data, processor, args.max_images)
+    if args.minutes:
+        to_train_on = read(args.train_data, processor, args.train_images)[0]
+        models["SimVQ's CNN"] = trained_cnn(box, to_train_on, args.minutes)
     images = to_uint8(pixels)
     lpips, limit, results, rows = load_lpips("vgg"), bytes_of_tokens(box, size), {}, [images[:8] / 255]
     for name, model in models.items():

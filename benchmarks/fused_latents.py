@@ -5,14 +5,17 @@
         --output_dir runs/fused
 
 Every row of --config (configs/fused_latents.json) is a model whose latents, codes and linear path are fitted to the
-same training images (`initialize_codebook`). For each set of held-out images the table has
+same training images (`initialize_codebook`). A row that is `like` an earlier one takes over what was fitted there and
+has another decoder, so that decoders can be compared on the same tokens. For each set of held-out images the table has
 
-- PSNR and blocking before any step, and PSNR after --minutes of training the decoder on tokens (mean absolute error);
+- PSNR and blocking before any step, and after --minutes or --steps of training the decoder on tokens, on mean absolute
+  errors of pixels and, half as strong, of their differences;
 - lost: share of the last layer's variance that is lost between encoder and codes (1 - R2), on the first set;
 - used: share of the codes that its tokens use;
 - kNN: with --probe FOLDER_WITH_CLASSES, accuracy on the quantized latents over that on the encoder's features.
 
-A row that is done is not done again. Writes results.json, table.md and map.png.
+A row that is done is not done again. Writes results.json, table.md and map.png, and in a folder for each row its
+pictures, what was `fitted` and what was `trained`, both of which load as models.
 """
 
 import argparse
@@ -22,6 +25,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from eval.blocking.blocking import blocking_of, count_steps
@@ -32,9 +36,10 @@ from eval.pictures import save_rows
 from eval.probe import accuracy_of_neighbours, encode_images, labelled_images
 from eval.psnr.psnr import psnr_per_image
 from image_processing_simvq import VQRAEImageProcessor
-from modeling_simvq import VQRAEModel
+from modeling_simvq import ImageTokenizer, VQRAEModel
 from reading.files import dataset_of_files, find_images
 from training.data import EvalTransform, sample_indices
+from training.losses import gradient_loss
 
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "fused_latents.json"
@@ -103,49 +108,86 @@ def lost(model: VQRAEModel, train: torch.Tensor, held_out: torch.Tensor) -> floa
     return (error.sum() / (squares - total.square() / count).sum()).item()
 
 
-def train_decoder(model: VQRAEModel, pixels: torch.Tensor, minutes: float, batch_size: int = 8) -> int:
-    """AdamW at 1e-3, warmed up and then falling to zero over the time; returns the number of steps."""
-    tokens = tokens_of(model, pixels)
+def train(
+    model: ImageTokenizer,
+    pixels: torch.Tensor,
+    tokens: torch.Tensor | None,
+    minutes: float,
+    steps: int = 0,
+    batch_size: int = 8,
+) -> int:
+    """The decoder on tokens, or without them all that can be trained, by AdamW at 1e-3, warmed up and then falling to
+    zero over the time, or over so many steps; returns their number."""
     model.train()
-    parameters = [*model.decoder.parameters()]
+    parameters = [p for p in (model if tokens is None else model.decoder).parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, 1e-3, weight_decay=0.05)
-    generator, start, steps = torch.Generator().manual_seed(0), time.monotonic(), 0
-    bar = tqdm(total=round(60 * minutes), desc="Training the decoder", unit="s")
-    while (spent := (time.monotonic() - start) / (60 * minutes)) < 1:
+    generator, start, done = torch.Generator().manual_seed(0), time.monotonic(), 0
+    bar = tqdm(total=steps or round(60 * minutes), desc="Training", unit="step" if steps else "s")
+    while (spent := done / steps if steps else (time.monotonic() - start) / (60 * minutes)) < 1:
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * min(1, (steps + 1) / 50) * (1 - spent)
+            group["lr"] = 1e-3 * min(1, (done + 1) / 50) * (1 - spent)
         chosen = torch.randint(len(pixels), (batch_size,), generator=generator)
         target = pixels[chosen].to(model.device)
-        output = model(target, image_tokens=tokens[chosen].to(model.device), return_loss=False)
+        known = None if tokens is None else tokens[chosen].to(model.device)
+        output = model(target, image_tokens=known, return_loss=False)
+        made = output.decoded_pixel_values
+        loss = F.l1_loss(made, target) + 0.5 * gradient_loss(made, target)
         optimizer.zero_grad()
-        F.l1_loss(output.decoded_pixel_values, target).backward()
+        (loss if output.embedding_loss is None else loss + output.embedding_loss).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        steps += 1
-        bar.update(round(60 * minutes * spent) - bar.n)
+        done += 1
+        bar.update(round(bar.total * spent) - bar.n)
+    bar.update(bar.total - bar.n)
     bar.close()
-    return steps
+    return done
 
 
-def row(fields: dict, args: argparse.Namespace, data: dict, output: Path) -> dict:
-    """Everything of one row; its pictures are written."""
+def take_fit(model: VQRAEModel, fitted: VQRAEModel) -> None:
+    """`model` gets all that was fitted, but for a linear path of another size: the rest of its decoder is its own."""
+    for name in ("encoder", "project_in", "project_out", "quantizer"):
+        getattr(model, name).load_state_dict(getattr(fitted, name).state_dict())
+    if kernel_size := model.config.decoder_linear_path:
+        if kernel_size != fitted.config.decoder_linear_path:
+            raise ValueError(f"A row with decoder_linear_path {kernel_size} must be fitted itself: leave out 'like'.")
+        model.decoder.linear_path.load_state_dict(fitted.decoder.linear_path.state_dict())
+
+
+def folder_of(output: Path, name: str) -> Path:
+    """Of a row."""
+    return output / "".join(c if c.isalnum() else "-" for c in name)
+
+
+def row(fields: dict, like: str | None, args: argparse.Namespace, data: dict, output: Path) -> dict:
+    """Everything of one row; its models and pictures are written."""
     torch.manual_seed(0)
     model = VQRAEModel.from_encoder_pretrained(args.encoder, **fields).eval().to(args.device)
-    start = time.monotonic()
-    model.initialize_codebook(data["train"].split(16), latents_per_code=args.latents_per_code)
-    numbers = {"fit_seconds": time.monotonic() - start, "latents_fit": model.config.latents_fit}
+    if like:
+        source = folder_of(args.output_dir, like)
+        take_fit(model, VQRAEModel.from_pretrained(source / "fitted"))
+        tokens = load_file(source / "tokens.safetensors")["train"]
+        earlier = json.loads((source / "row.json").read_text())["numbers"]
+        numbers = {key: earlier[key] for key in ("latents_fit", "lost", "probe") if key in earlier}
+    else:
+        start = time.monotonic()
+        model.initialize_codebook(data["train"].split(16), latents_per_code=args.latents_per_code)
+        numbers = {"fit_seconds": time.monotonic() - start, "latents_fit": model.config.latents_fit}
+        model.save_pretrained(output / "fitted")
+        tokens = tokens_of(model, data["train"])
+        write_whole(output / "tokens.safetensors", lambda path: save_file({"train": tokens}, path))
+        numbers["lost"] = lost(model, data["train"], next(iter(data["heldout"].values())))
+        if data["probe"]:
+            processor = VQRAEImageProcessor.for_image_size(model.config.image_size)
+            vectors = encode_images(model, data["probe"]["images"], processor, 16)
+            scores = {name: accuracy_of_neighbours(vectors[name], data["probe"]["labels"]) for name in vectors}
+            numbers["probe"] = {name: score.mean().item() for name, score in scores.items() if name != "bags of tokens"}
     rows = {}
     for name, pixels in data["heldout"].items():
         numbers[name], fake = measure(model, pixels)
         rows[name] = [pixels[:12], fake[:12]]
-    numbers["lost"] = lost(model, data["train"], next(iter(data["heldout"].values())))
-    if data["probe"]:
-        processor = VQRAEImageProcessor.for_image_size(model.config.image_size)
-        vectors = encode_images(model, data["probe"]["images"], processor, 16)
-        scores = {name: accuracy_of_neighbours(vectors[name], data["probe"]["labels"]) for name in vectors}
-        numbers["probe"] = {name: score.mean().item() for name, score in scores.items() if name != "bags of tokens"}
-    if args.minutes:
-        numbers["steps"] = train_decoder(model, data["train"], args.minutes)
+    if args.minutes or args.steps:
+        numbers["steps"] = train(model, data["train"], tokens, args.minutes, args.steps)
+        model.save_pretrained(output / "trained")
         for name, pixels in data["heldout"].items():
             trained, fake = measure(model, pixels)
             numbers[name] |= {f"trained_{key}": value for key, value in trained.items()}
@@ -211,7 +253,9 @@ def main() -> None:
     parser.add_argument("--train_images", type=int, default=400, help="How many to fit to (default: 400).")
     parser.add_argument("--heldout_images", type=int, default=60, help="Of each set (default: 60).")
     parser.add_argument("--latents_per_code", type=int, default=32, help="For k-means (default: 32).")
-    parser.add_argument("--minutes", type=float, default=0.0, help="Train each decoder that long (default: 0, not).")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--minutes", type=float, default=0.0, help="Train each decoder that long (default: 0, not).")
+    length.add_argument("--steps", type=int, default=0, help="Train each decoder for so many steps of 8 images.")
     parser.add_argument("--probe", help="A folder whose sub-folders are classes, for kNN.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: a GPU).")
     parser.add_argument("--output_dir", required=True, type=Path, help="Where results go.")
@@ -230,15 +274,20 @@ def main() -> None:
         data["probe"] = {"images": images, "labels": labels}
     results = {}
     for number, name in enumerate(names, 1):
-        fused = {} if name in settings["not_fused"] else settings["fused"]
-        fields = settings["common"] | fused | settings["rows"][name]
+        choice = dict(settings["rows"][name])
+        like = choice.pop("like", None)
+        base = like or name
+        if like and not (folder_of(args.output_dir, like) / "row.json").exists():
+            raise ValueError(f"Row '{name}' is like '{like}', which is not there: do that one before it.")
+        fused = {} if base in settings["not_fused"] else settings["fused"]
+        fields = settings["common"] | fused | settings["rows"][base] | choice
         made_from = {"fields": fields, **{key: str(value) for key, value in vars(args).items() if key != "rows"}}
-        folder = args.output_dir / "".join(c if c.isalnum() else "-" for c in name)
+        folder = folder_of(args.output_dir, name)
         file = folder / "row.json"
         done = json.loads(file.read_text()) if file.exists() else {}
         if done.get("made_from") != json.loads(json.dumps(made_from)):
             print(f"Row {number} of {len(names)}: {name}", flush=True)
-            done = {"made_from": made_from, "numbers": row(fields, args, data, folder)}
+            done = {"made_from": made_from, "numbers": row(fields, like, args, data, folder)}
             write_whole(file, lambda path, done=done: path.write_text(json.dumps(done, indent=2) + "\n"))
         results[name] = done["numbers"]
         print(table({name: done["numbers"]}, list(sets)).splitlines()[-1], flush=True)

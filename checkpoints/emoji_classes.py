@@ -4,16 +4,23 @@
     python -m checkpoints.emoji_classes --images runs/images/images --output_dir runs/emoji
 
 Makes `train` and `heldout` below the output folder. Held out are the emoji on which the tokenizer was not trained
-either. The groups ("Smileys & Emotion", ...) are those of `emoji-test.txt` in Debian's package unicode-data, which is
-fetched (8 MB) unless the file is named.
+either. Each one to train on comes with --variants copies that are moved and scaled a little, wholly in the picture: a
+shift by less than a token changes most tokens, so these show a generator many more rows than there are emoji.
+
+The groups ("Smileys & Emotion", ...) are those of `emoji-test.txt` in Debian's package unicode-data, which is fetched
+(8 MB) unless the file is named.
 """
 
 import argparse
+import random
 import shutil
 import subprocess
 import tempfile
 from collections import Counter
 from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
 
 from eval.commands import ends_in_one_line
 from eval.files import write_folder_whole
@@ -49,9 +56,30 @@ def groups_of(text: str) -> dict[tuple[str, ...], str]:
     return groups
 
 
-def arrange(images: Path, groups: dict[tuple[str, ...], str], output: Path) -> None:
-    """Copies emoji to `output/train/GROUP` and `output/heldout/GROUP`; those that Unicode does not list are left out
-    and counted."""
+def moved(image: Image.Image, draws: random.Random) -> Image.Image:
+    """The picture 0.75 to 1.05 times as large and moved by up to a tenth of its side, on transparent ground, where what
+    is not transparent stays whole.
+
+    Args:
+        image: RGBA.
+        draws: of scale and place.
+    """
+    box = image.getbbox()
+    sides = [box[2] - box[0], box[3] - box[1]]
+    scale = min(draws.uniform(0.75, 1.05), *(full / side for full, side in zip(image.size, sides)))
+    sides = [round(side * scale) for side in sides]
+    corner = []
+    for start, end, side, full in zip(box[:2], box[2:], sides, image.size):
+        wanted = (start + end - side) / 2 + draws.uniform(-0.1, 0.1) * full
+        corner.append(min(max(round(wanted), 0), full - side))
+    canvas = Image.new("RGBA", image.size)
+    canvas.paste(image.crop(box).resize(sides, Image.Resampling.BICUBIC), tuple(corner))
+    return canvas
+
+
+def arrange(images: Path, groups: dict[tuple[str, ...], str], variants: int, output: Path) -> None:
+    """Copies emoji to `output/train/GROUP`, each with its variants, and to `output/heldout/GROUP`; those that Unicode
+    does not list are left out and counted."""
     for part in ("train", "heldout"):
         files = sorted((images / part / "emoji").glob("*.webp"))
         if not files:
@@ -59,19 +87,24 @@ def arrange(images: Path, groups: dict[tuple[str, ...], str], output: Path) -> N
                 f"There are no emoji in {images / part / 'emoji'}: make them by checkpoints.training_images."
             )
         counts = Counter()
-        for file in files:
+        for file in tqdm(files, desc=part, unit="emoji"):
             group = groups.get(code_points(file.stem, "-"))
             counts[group or "in no group, left out"] += 1
             if group:
                 folder = output / part / group
                 folder.mkdir(parents=True, exist_ok=True)
                 shutil.copy(file, folder)
+                for number in range(variants if part == "train" else 0):
+                    with Image.open(file) as image:
+                        variant = moved(image.convert("RGBA"), random.Random(f"{file.stem}/{number}"))
+                    variant.save(folder / f"{file.stem}-moved{number}.png")
         print(f"{part}: {', '.join(f'{count} {group}' for group, count in counts.most_common())}.")
 
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--images", required=True, type=Path, help="The folder `images` that training_images makes.")
 parser.add_argument("--output_dir", required=True, type=Path, help="A folder that does not exist.")
+parser.add_argument("--variants", type=int, default=3, help="Copies of each that are moved and scaled (default: 3).")
 parser.add_argument("--groups", type=Path, help="Unicode's emoji-test.txt (default: fetched).")
 
 
@@ -81,7 +114,7 @@ def main() -> None:
     if args.output_dir.exists():
         raise ValueError(f"--output_dir {args.output_dir} exists: name a new folder, or remove it.")
     groups = groups_of(args.groups.read_text(encoding="utf-8") if args.groups else fetch_groups())
-    write_folder_whole(args.output_dir, lambda folder: arrange(args.images, groups, folder))
+    write_folder_whole(args.output_dir, lambda folder: arrange(args.images, groups, args.variants, folder))
 
 
 if __name__ == "__main__":

@@ -64,15 +64,17 @@ def test_rows_are_measured_on_the_same_images_and_drawn(image_folder, tmp_path, 
     monkeypatch.setattr(box, "load_lpips", lambda _: Distance())
     flags = ["--model_name_or_path", tmp_path / "box", "--others", f"another={tmp_path / 'other'}"]
     flags += ["--data", image_folder, "--max_images", "3", "--oracle", "3", "--output_dir", tmp_path / "out"]
+    flags += ["--train_data", image_folder, "--minutes", "0.01"]
     monkeypatch.setattr(sys, "argv", ["box.py", *map(str, flags)])
     box.main()
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
-    assert list(rows) == ["the tokenizer", "another", "its best linear map, 3 x 3 codes", "JPEG", "WebP"]
+    assert list(rows) == ["the tokenizer", "another", "SimVQ's CNN", "its best linear map, 3 x 3 codes", "JPEG", "WebP"]
     tokens = (32 // tiny_config().decoder_patch_size) ** 2
+    assert rows["SimVQ's CNN"]["bytes"] == tokens
     assert (rows["the tokenizer"]["bytes"], rows["another"]["bytes"]) == (tokens, tokens / 2)  # 8 and 4 bits
     assert (tmp_path / "out" / "table.md").read_text() in capsys.readouterr().out
     with Image.open(tmp_path / "out" / "pictures.png") as picture:
-        assert picture.height > 6 * 32
+        assert picture.height > 7 * 32
     monkeypatch.setattr(sys, "argv", ["box.py", *map(str, flags), "--others", "nameless"])
     with pytest.raises(SystemExit):
         box.main()

@@ -45,28 +45,39 @@ def test_the_map_has_a_row_for_each_choice_and_does_none_twice(
         "decoder_num_attention_heads": 2, "decoder_intermediate_size": 16,
     }  # fmt: skip
     fused = {"encoder_layers": [0, 2], "pixel_weight": 2.0, "codebook_dim": 16}
-    settings = {"common": common, "fused": fused, "rows": {"fused": {}, "last layer": {}}, "not_fused": ["last layer"]}
+    rows = {"fused": {}, "last layer": {}, "attention": {"like": "fused", "decoder_mixing": "both"}}
+    rows |= {"no path": {"like": "fused", "decoder_linear_path": None}}
+    settings = {"common": common, "fused": fused, "rows": rows, "not_fused": ["last layer"]}
     (tmp_path / "rows.json").write_text(json.dumps(settings))
     flags = ["--encoder", encoder, "--train_data", image_folder, "--heldout", f"photos={image_folder}", "--config"]
     flags += [tmp_path / "rows.json", "--probe", classes, "--minutes", "0.01", "--output_dir", tmp_path / "map"]
     monkeypatch.setattr(sys, "argv", ["fused_latents.py", *map(str, flags)])
     fused_latents.main()
     results = json.loads((tmp_path / "map" / "results.json").read_text())
-    assert list(results) == ["fused", "last layer"]
+    assert list(results) == ["fused", "last layer", "attention", "no path"]
+    assert results["attention"]["photos"]["psnr"] == results["fused"]["photos"]["psnr"]  # before a step: the same map
+    assert results["no path"]["lost"] == results["fused"]["lost"]
+    trained = VQRAEModel.from_pretrained(tmp_path / "map" / "no-path" / "trained")
+    assert trained.config.decoder_linear_path is None
     for numbers in results.values():
         assert {"psnr", "blocking", "used", "trained_psnr"} <= numbers["photos"].keys() and numbers["steps"] >= 1
         assert 0 < numbers["lost"] < 1.5 and set(numbers["probe"]) >= {"encoder features", "quantized latents"}
     table = (tmp_path / "map" / "table.md").read_text()
-    assert table.count("\n") == 4 and f"{results['fused']['photos']['psnr']:.2f}" in table
+    assert table.count("\n") == 6 and f"{results['fused']['photos']['psnr']:.2f}" in table
     assert Image.open(tmp_path / "map" / "map.png").width > 300
     assert Image.open(tmp_path / "map" / "fused" / "photos.png").height > 60
-    assert "Row 1 of 2" in capsys.readouterr().out
+    assert "Row 1 of 4" in capsys.readouterr().out
     fused_latents.main()
     assert "Row" not in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["fused_latents.py", *map(str, flags), "--rows", "nothing"])
     with pytest.raises(SystemExit):
         fused_latents.main()
-    assert "has no row 'nothing', only fused, last layer" in capsys.readouterr().err
+    assert "has no row 'nothing', only fused, last layer, attention, no path" in capsys.readouterr().err
+    flags[-1] = tmp_path / "new"
+    monkeypatch.setattr(sys, "argv", ["fused_latents.py", *map(str, flags), "--rows", "attention"])
+    with pytest.raises(SystemExit):
+        fused_latents.main()
+    assert "Row 'attention' is like 'fused', which is not there: do that one before it." in capsys.readouterr().err
 
 
 def test_what_is_lost_of_the_last_layer_is_what_codes_do_not_give_back():
