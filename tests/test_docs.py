@@ -1,14 +1,18 @@
 """The code in the documentation runs."""
 
+import configparser
 import re
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_config
+from packaging.requirements import Requirement
+from packaging.version import Version
 from PIL import Image
 from test_loading import ROOT, run
 
+from configuration_simvq import OLDEST_TRANSFORMERS
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import VQRAEModel
 from reading.files import find_images
@@ -88,3 +92,24 @@ def test_the_readme_is_short_and_every_page_is_on_the_map():
     assert len((ROOT / "README.md").read_text().split()) <= 1200
     pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"index.md"}
     assert pages == set(re.findall(r"^\| \[.*?\]\((.*?)\)", (ROOT / "docs" / "index.md").read_text(), flags=re.M))
+
+
+def test_the_oldest_versions_are_those_of_setup_cfg():
+    """With which the workflow runs the tests, too."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    required = [Requirement(line) for line in setup["options"]["install_requires"].split("\n") if line]
+    lower = {r.name: next(iter(r.specifier)).version for r in required if r.specifier}
+    lines = [line for line in (ROOT / ".github" / "oldest.txt").read_text().splitlines() if not line.startswith("#")]
+    assert dict(line.split("==") for line in lines) == lower
+    assert Version(lower["transformers"]) == Version(OLDEST_TRANSFORMERS)
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    assert "- run: .ci/run" in workflow and "/.github/oldest.txt" in workflow
+
+
+def test_the_version_is_one():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    version = setup["metadata"]["version"]
+    assert re.search(r"^## (.*)", (ROOT / "CHANGELOG.md").read_text(), flags=re.M)[1] == version
+    assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text()
