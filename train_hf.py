@@ -13,7 +13,6 @@ tensorboard, --resume_from_checkpoint, --push_to_hub, ...; `accelerate launch tr
 (DDP, or FSDP with --config_file configs/accelerate_fsdp.yaml before the script; DeepSpeed is refused).
 """
 
-import json
 import sys
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -31,7 +30,7 @@ from modeling_simvq import ImageTokenizer, VQRAEModel
 from reading.files import dataset_of_files
 from reading.models import cannot_be_loaded, check_fields, load_pretrained, load_processor
 from reading.sources import Source, find_source, load_images
-from training.arguments import VQRAETrainingArguments
+from training.arguments import VQRAETrainingArguments, parse_model_config
 from training.card import Provenance, write_recipe
 from training.data import (
     EvalTransform,
@@ -119,11 +118,7 @@ class ModelArguments:
     )
 
     def __post_init__(self):
-        if isinstance(self.model_config, str):
-            try:
-                self.model_config = json.loads(self.model_config)
-            except ValueError as error:
-                raise ValueError(f"model_config must be JSON, got {self.model_config}: {error}") from error
+        self.model_config = parse_model_config(self.model_config)
         if self.encoder_name_or_path and self.model_name_or_path:
             raise ValueError("Pass --encoder_name_or_path or --model_name_or_path, not both.")
         if not (self.encoder_name_or_path or self.model_name_or_path or self.model_config):
@@ -276,7 +271,7 @@ def load_data(args: DataArguments, training_args: VQRAETrainingArguments, skippe
         print(f"{len(train_files)} images to train on, {len(listed)} held out ({listing}).")
     streams = isinstance(train, IterableDataset)
     if streams:
-        train = train.shuffle(seed=0, buffer_size=args.shuffle_buffer)
+        train = train.shuffle(seed=training_args.seed, buffer_size=args.shuffle_buffer)
         if training_args.process_index == 0:
             print(f"Random order: files, and images from a buffer of {args.shuffle_buffer:,} (--shuffle_buffer).")
     if args.max_train_samples:

@@ -137,20 +137,22 @@ def table(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--model_name_or_path", default=str(BOX), help="The tokenizer (default: the one in the box).")
+parser.add_argument("--others", nargs="*", default=[], help="NAME=FOLDER of tokenizers to compare with.")
+parser.add_argument("--data", required=True, help="Images: a folder, or a .txt file that lists them.")
+parser.add_argument("--max_images", type=int, default=40, help="So many of them, drawn by a seed (default: 40).")
+parser.add_argument("--train_data", help="Images to train SimVQ's CNN on: a folder, or a .txt file.")
+parser.add_argument("--train_images", type=int, default=400, help="How many of them (default: 400).")
+parser.add_argument("--minutes", type=float, default=0.0, help="Train it that long (default: 0, leave it out).")
+parser.add_argument(
+    "--oracle", nargs="*", type=int, default=[], choices=(1, 3, 5), help="Bounds of linear maps, such as 3 5."
+)
+parser.add_argument("--output_dir", required=True, type=Path, help="Where results go.")
+
+
 @ends_in_one_line()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", default=str(BOX), help="The tokenizer (default: the one in the box).")
-    parser.add_argument("--others", nargs="*", default=[], help="NAME=FOLDER of tokenizers to compare with.")
-    parser.add_argument("--data", required=True, help="Images: a folder, or a .txt file that lists them.")
-    parser.add_argument("--max_images", type=int, default=40, help="So many of them, drawn by a seed (default: 40).")
-    parser.add_argument("--train_data", help="Images to train SimVQ's CNN on: a folder, or a .txt file.")
-    parser.add_argument("--train_images", type=int, default=400, help="How many of them (default: 400).")
-    parser.add_argument("--minutes", type=float, default=0.0, help="Train it that long (default: 0, leave it out).")
-    parser.add_argument(
-        "--oracle", nargs="*", type=int, default=[], choices=(1, 3, 5), help="Bounds of linear maps, such as 3 5."
-    )
-    parser.add_argument("--output_dir", required=True, type=Path, help="Where results go.")
     args = parser.parse_args()
     if wrong := [other for other in args.others if "=" not in other]:
         raise ValueError(f"--others: '{wrong[0]}' must be NAME=FOLDER.")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.fused_latents import CONFIG, read
+from benchmarks.fused_latents import CONFIG, choice_of, read
 from eval.commands import ends_in_one_line
 from eval.options import present_device, whole_number
 from image_processing_simvq import VQRAEImageProcessor
@@ -71,7 +71,7 @@ def main() -> None:
     settings = json.loads(args.config.read_text())
     if args.row not in settings["rows"]:
         raise ValueError(f"--row: {args.config} has no row '{args.row}', only {', '.join(settings['rows'])}.")
-    fields = settings["common"] | settings["fused"] | settings["rows"][args.row]
+    fields, _ = choice_of(settings, args.row)
     processor = VQRAEImageProcessor.for_image_size(fields["image_size"])
     batches = read(args.data, processor, args.images)[0].split(16)
     torch.manual_seed(0)

@@ -42,6 +42,7 @@ from training.data import EvalTransform, sample_indices
 from training.losses import gradient_loss
 
 
+FITTED_TO = ("encoder", "train_data", "train_images", "latents_per_code")  # options that decide what is fitted
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "fused_latents.json"
 
 
@@ -158,6 +159,28 @@ def folder_of(output: Path, name: str) -> Path:
     return output / "".join(c if c.isalnum() else "-" for c in name)
 
 
+def choice_of(settings: dict, name: str) -> tuple[dict, str | None]:
+    """Fields of `VQRAEConfig` of a row of --config, and the row that it is `like`."""
+    own = dict(settings["rows"][name])
+    like = own.pop("like", None)
+    fused = {} if (like or name) in settings["not_fused"] else settings["fused"]
+    return settings["common"] | fused | settings["rows"][like or name] | own, like
+
+
+def check_fit(file: Path, fields: dict, args: argparse.Namespace) -> None:
+    """Whether what another row is like was fitted to the same images in the same way.
+
+    Raises:
+        ValueError: it is not there, or was not.
+    """
+    if not file.exists():
+        raise ValueError(f"{file} is not there, and a row is like it: do that one before.")
+    there = json.loads(file.read_text())["made_from"]
+    here = {"fields": fields} | {name: str(getattr(args, name)) for name in FITTED_TO}
+    if other := [name for name in here if there[name] != here[name]]:
+        raise ValueError(f"{file} was fitted with another {other[0]}, and a row is like it: name a new --output_dir.")
+
+
 def row(fields: dict, like: str | None, args: argparse.Namespace, data: dict, output: Path) -> dict:
     """Everything of one row; its models and pictures are written."""
     torch.manual_seed(0)
@@ -175,7 +198,7 @@ def row(fields: dict, like: str | None, args: argparse.Namespace, data: dict, ou
         model.save_pretrained(output / "fitted")
         tokens = tokens_of(model, data["train"])
         write_whole(output / "tokens.safetensors", lambda path: save_file({"train": tokens}, path))
-        numbers["lost"] = lost(model, data["train"], next(iter(data["heldout"].values())))
+        numbers["lost"] = lost(model, data["train"][:100], next(iter(data["heldout"].values())))
         if data["probe"]:
             processor = VQRAEImageProcessor.for_image_size(model.config.image_size)
             vectors = encode_images(model, data["probe"]["images"], processor, 16)
@@ -240,25 +263,25 @@ def draw(results: dict, sets: list[str], path: Path) -> None:
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--encoder", required=True, help="A pretrained vision encoder (hub or folder).")
+parser.add_argument("--train_data", required=True, help="Images to fit to: a folder, or a .txt file that lists them.")
+parser.add_argument("--heldout", required=True, nargs="+", help="NAME=PATH of held-out images, the main set first.")
+parser.add_argument("--config", type=Path, default=CONFIG, help="The rows (default: configs/fused_latents.json).")
+parser.add_argument("--rows", nargs="+", help="Names of some of them (default: all).")
+parser.add_argument("--train_images", type=int, default=400, help="How many to fit to (default: 400).")
+parser.add_argument("--heldout_images", type=int, default=60, help="Of each set (default: 60).")
+parser.add_argument("--latents_per_code", type=int, default=32, help="For k-means (default: 32).")
+length = parser.add_mutually_exclusive_group()
+length.add_argument("--minutes", type=float, default=0.0, help="Train each decoder that long (default: 0, not).")
+length.add_argument("--steps", type=int, default=0, help="Train each decoder for so many steps of 8 images.")
+parser.add_argument("--probe", help="A folder whose sub-folders are classes, for kNN.")
+parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: a GPU).")
+parser.add_argument("--output_dir", required=True, type=Path, help="Where results go.")
+
+
 @ends_in_one_line()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--encoder", required=True, help="A pretrained vision encoder (hub or folder).")
-    parser.add_argument(
-        "--train_data", required=True, help="Images to fit to: a folder, or a .txt file that lists them."
-    )
-    parser.add_argument("--heldout", required=True, nargs="+", help="NAME=PATH of held-out images, the main set first.")
-    parser.add_argument("--config", type=Path, default=CONFIG, help="The rows (default: configs/fused_latents.json).")
-    parser.add_argument("--rows", nargs="+", help="Names of some of them (default: all).")
-    parser.add_argument("--train_images", type=int, default=400, help="How many to fit to (default: 400).")
-    parser.add_argument("--heldout_images", type=int, default=60, help="Of each set (default: 60).")
-    parser.add_argument("--latents_per_code", type=int, default=32, help="For k-means (default: 32).")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument("--minutes", type=float, default=0.0, help="Train each decoder that long (default: 0, not).")
-    length.add_argument("--steps", type=int, default=0, help="Train each decoder for so many steps of 8 images.")
-    parser.add_argument("--probe", help="A folder whose sub-folders are classes, for kNN.")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: a GPU).")
-    parser.add_argument("--output_dir", required=True, type=Path, help="Where results go.")
     args = parser.parse_args()
     settings = json.loads(args.config.read_text())
     names = args.rows or list(settings["rows"])
@@ -274,13 +297,9 @@ def main() -> None:
         data["probe"] = {"images": images, "labels": labels}
     results = {}
     for number, name in enumerate(names, 1):
-        choice = dict(settings["rows"][name])
-        like = choice.pop("like", None)
-        base = like or name
-        if like and not (folder_of(args.output_dir, like) / "row.json").exists():
-            raise ValueError(f"Row '{name}' is like '{like}', which is not there: do that one before it.")
-        fused = {} if base in settings["not_fused"] else settings["fused"]
-        fields = settings["common"] | fused | settings["rows"][base] | choice
+        fields, like = choice_of(settings, name)
+        if like:
+            check_fit(folder_of(args.output_dir, like) / "row.json", choice_of(settings, like)[0], args)
         made_from = {"fields": fields, **{key: str(value) for key, value in vars(args).items() if key != "rows"}}
         folder = folder_of(args.output_dir, name)
         file = folder / "row.json"

@@ -19,6 +19,7 @@ always says the most frequent class. Writes probe.json, probe.md and probe.html.
 
 import argparse
 import html
+import importlib.util
 import json
 from collections import Counter
 from pathlib import Path
@@ -26,17 +27,12 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedKFold, cross_val_predict
-from sklearn.neighbors import KNeighborsClassifier
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from tqdm import tqdm
 
 from eval.commands import ends_in_one_line
 from eval.files import write_whole
 from eval.networks import weights_hash
-from eval.options import add_source_options
+from eval.options import add_source_options, present_device, whole_number
 from eval.results import library_versions
 from image_processing_simvq import VQRAEImageProcessor
 from reading.images import decode_image
@@ -76,7 +72,7 @@ def labelled_images(
         raise ValueError(f"--classes: {data} has no class '{unknown[0]}', only {', '.join(there)}.")
     names = list(classes or there)
     if len(names) < 2:
-        raise ValueError(f"Of {data} a single class is told, {names[0]}: two are needed at least.")
+        raise ValueError(f"{data} has a single class, {names[0]}: a probe needs two at least.")
     counts = Counter(labels)
     if few := [name for name in names if counts[name] < FOLDS]:
         raise ValueError(f"Class '{few[0]}' of {data} has {counts[few[0]]} images: {FOLDS} of each are needed.")
@@ -108,17 +104,24 @@ def image_vectors(model, images: torch.Tensor) -> dict[str, np.ndarray]:
 
 def accuracy_of_neighbours(vectors: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Whether each image's class is found by its nearest neighbours in the other folds, (B,) of 0 and 1."""
-    judge = make_pipeline(StandardScaler(), KNeighborsClassifier(NEIGHBOURS, metric="cosine"))
-    return _right(judge, vectors, labels)
+    from sklearn.neighbors import KNeighborsClassifier
+
+    return _right(KNeighborsClassifier(NEIGHBOURS, metric="cosine"), vectors, labels)
 
 
 def accuracy_of_regression(vectors: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """The same by logistic regression."""
-    judge = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=2000))
-    return _right(judge, vectors, labels)
+    from sklearn.linear_model import LogisticRegression
+
+    return _right(LogisticRegression(C=0.01, max_iter=2000), vectors, labels)
 
 
 def _right(judge, vectors: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    judge = make_pipeline(StandardScaler(), judge)
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
     return (cross_val_predict(judge, vectors, labels, cv=folds) == labels).astype(float)
 
@@ -186,17 +189,21 @@ def page(result: dict) -> str:
     )
 
 
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--model_name_or_path", required=True, help="A tokenizer: folder or hub repository.")
+add_source_options(parser, split="validation", required=True, columns=("image", "label"))
+parser.add_argument("--classes", nargs="+", help="Some of the classes (default: all).")
+parser.add_argument("--image_size", type=whole_number(), help="Side of the crops in pixels (default: the model's).")
+parser.add_argument("--batch_size", type=whole_number(), default=16, help="Images at a time (default: 16).")
+parser.add_argument("--device", type=present_device, help="Default: cuda where there is one.")
+parser.add_argument("--output_dir", required=True, type=Path, help="Where the results go.")
+
+
 @ends_in_one_line(smaller="--batch_size or --image_size")
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", required=True, help="A tokenizer: folder or hub repository.")
-    add_source_options(parser, split="validation", required=True, columns=("image", "label"))
-    parser.add_argument("--classes", nargs="+", help="Some of the classes (default: all).")
-    parser.add_argument("--image_size", type=int, help="Side of the crops in pixels (default: the model's).")
-    parser.add_argument("--batch_size", type=int, default=16, help="Images at a time (default: 16).")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: a GPU).")
-    parser.add_argument("--output_dir", required=True, type=Path, help="Where the results go.")
     args = parser.parse_args()
+    if not importlib.util.find_spec("sklearn"):
+        raise RuntimeError("The probe needs scikit-learn: pip install '.[probe]'")
     options = {"config_name": args.dataset_config_name, "image_column": args.image_column}
     options |= {"split": args.split, "label_column": args.label_column}
     with ends_in_one_line(ValueError):  # such as a split that it does not have

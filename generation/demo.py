@@ -3,7 +3,6 @@
 from PIL import Image
 from transformers import PreTrainedModel
 
-from generation.provenance import tokenizer_hash
 from generation.sampling import (
     first_rows,
     generate_images,
@@ -14,6 +13,7 @@ from generation.sampling import (
 )
 from generation.vocabulary import Vocabulary
 from modeling_simvq import ImageTokenizer
+from reading.models import tokenizer_hash
 
 
 ANYTHING = "anything"  # the null condition, among names of classes

@@ -35,14 +35,13 @@ from eval.files import write_whole
 from eval.options import add_source_options, present_device, whole_number
 from eval.results import library_versions
 from generation.card import PICTURE, dataset_card, draw_rows, shown, spread_rows, write_card
-from generation.provenance import OF_TOKENS, PROVENANCE, Provenance
+from generation.provenance import OF_TOKENS, PROVENANCE, RUN, Provenance
 from generation.shards import Plan, loader, shard_info, shard_path, split_name, write_shard
 from generation.source import labels_and_texts, open_images, source_hash
 from generation.tokenizing import TokenRows, prepare
 from reading.models import load_any
 
 
-RUN = "run.json"  # how fast the latest run was: no part of the dataset
 UNREADABLE = "unreadable_images.txt"
 DRAWN = 16
 VIEWS_IN_A_LOAD = 16  # that a worker hands over: many wait in shared memory

@@ -12,11 +12,10 @@ from PIL import Image
 from transformers.image_utils import PILImageResampling
 from transformers.utils import logging
 
-from generation.provenance import tokenizer_hash
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import ImageTokenizer
 from reading.images import decode_image, image_name, shown_path
-from reading.models import exact_float32, load_any, load_processor
+from reading.models import exact_float32, load_any, load_processor, tokenizer_hash
 
 
 logger = logging.get_logger(__name__)

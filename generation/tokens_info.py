@@ -22,7 +22,7 @@ from tqdm import tqdm
 from eval.commands import ends_in_one_line
 from eval.options import present_device, whole_number
 from generation.card import PICTURE, draw_rows, spread_rows
-from generation.provenance import Provenance, check_tokenizer
+from generation.provenance import RUN, Provenance, check_tokenizer
 from generation.shards import shard_info, shard_path
 from generation.tokenizing import token_dtype
 from reading.models import load_any
@@ -135,7 +135,7 @@ def report(folder: Path, provenance: Provenance, found: Contents) -> str:
         f"perplexity   {found.perplexity:,.1f}",
         f"bytes        {found.num_bytes:,}, {found.num_bytes / tokens:.2f} a token",
     ]
-    run = folder / "run.json"
+    run = folder / RUN
     if run.is_file():
         latest = json.loads(run.read_text())
         speed = latest["tokens"] / latest["seconds"]

@@ -27,7 +27,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from eval.commands import ends_in_one_line
-from eval.files import read_fields, write_whole
+from eval.files import write_whole
 from eval.results import library_versions
 from generation.provenance import Provenance
 from generation.rows import ImageSequences, frequency_models, grid_of, load_rows, split_keys
@@ -35,6 +35,7 @@ from generation.sampling import load_painter
 from generation.trainer import GeneratorTrainer, GeneratorTrainingArguments
 from generation.vocabulary import FILE, Vocabulary
 from reading.models import check_fields
+from training.arguments import parse_model_config
 from training.hub import find_checkpoint, on_main_process
 from training.options import BATCH_SIZES, Without, is_secret, parse, refuse_without_effect, rules_of_trainer
 
@@ -89,16 +90,7 @@ class GeneratorArguments:
     def __post_init__(self):
         if self.model_size not in SIZES:
             raise ValueError(f"model_size must be one of {', '.join(SIZES)}, got '{self.model_size}'.")
-        if isinstance(self.model_config, str):
-            if self.model_config.endswith(".json"):
-                self.model_config = read_fields(Path(self.model_config))
-            else:
-                try:
-                    self.model_config = json.loads(self.model_config)
-                except ValueError as error:
-                    raise ValueError(f"model_config must be JSON, got {self.model_config}: {error}") from error
-        if not isinstance(self.model_config or {}, dict):
-            raise ValueError(f"model_config must have fields with names, got {self.model_config}.")
+        self.model_config = parse_model_config(self.model_config)
         if self.condition not in ("auto", "class", "text", "none"):
             raise ValueError(f"condition must be auto, class, text or none, got '{self.condition}'.")
         if not 0 <= self.condition_dropout < 1:
@@ -234,6 +226,12 @@ def rules(model: GeneratorArguments, data: TokenArguments, vocabulary: Vocabular
     return [
         Without("holdout", bool(data.eval_data), "--eval_data names the held-out tokens", "eval_data"),
         Without("condition_dropout", condition == "none", "there is no condition to drop (--condition)", "condition"),
+        Without(
+            "picture_guidance",
+            condition == "none" or not vocabulary.has_null,
+            "guidance needs a condition (--condition) that is dropped at times (--condition_dropout)",
+            "condition condition_dropout",
+        ),
         Without("text_tokenizer max_text_tokens", condition != "text", f"the condition is {condition}", "condition"),
         Without("push_to_hub", True, "push the finished folder by `hf upload`; all that it needs is in there"),
         Without("label_names label_smoothing_factor", True, "the labels are the tokens themselves"),
@@ -260,6 +258,10 @@ def main() -> None:
             text_tokenizer = AutoTokenizer.from_pretrained(model_args.text_tokenizer)
     vocabulary = make_vocabulary(model_args, rows, provenance, data_args.train_data, text_tokenizer)
     refuse_without_effect(given, by_flags, rules(model_args, data_args, vocabulary))
+    if vocabulary.condition == "text" and not vocabulary.has_null and not all(rows["text"]):
+        raise ValueError(
+            f"Some texts of {data_args.train_data} are empty, which is no condition: pass --condition_dropout above 0."
+        )
     if data_args.eval_data:
         check_eval_data(eval_rows, eval_provenance, vocabulary, data_args.eval_data)
         train_keys, eval_keys = sorted(rows.unique("key")), sorted(eval_rows.unique("key"))

@@ -1,6 +1,8 @@
 """Loading a trained tokenizer of either kind by the classes of this repository, which AutoModel takes in place of the
 code beside a checkpoint: that is not run, unless it is another kind of model and that is asked for."""
 
+import hashlib
+import json
 import os
 from contextlib import contextmanager
 from dataclasses import fields
@@ -128,3 +130,29 @@ def load_processor(name_or_path: str | None, size: int, hub_kwargs: dict | None 
         except OSError:  # it was saved without a processor
             pass
     return processor
+
+
+# Which tokens ---------------------------------------------------------------------------------------------------------
+
+# fields of a configuration, beside the weights, that decide which tokens an image has
+SEEN = (
+    "encoder_layers",
+    "pixel_weight",
+    "encoder_input_size",
+    "decoder_patch_size",
+    "image_mean",
+    "image_std",
+)
+
+
+def tokenizer_hash(model: ImageTokenizer) -> str:
+    """SHA-256 of what decides tokens: the encoder, the projection, the quantizer and the fields `SEEN`, in hexadecimal.
+
+    Weights are taken in fp32, so a checkpoint that is stored in fp16 has the same hash as what it is loaded into. What
+    paints (`project_out`, decoder) has no part in it: tokens stay those of a model whose decoder is trained further.
+    """
+    digest = hashlib.sha256(json.dumps([getattr(model.config, name, None) for name in SEEN]).encode())
+    for part in (model.encoder, model.project_in, model.quantizer):
+        for tensor in part.state_dict().values():
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().data)
+    return digest.hexdigest()

@@ -7,9 +7,10 @@ import torch
 from conftest import tiny_config
 
 from generation import train
-from generation.provenance import Provenance, tokenizer_hash
+from generation.provenance import Provenance
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import VQRAEModel
+from reading.models import tokenizer_hash
 
 
 CLASSES = ["dots", "flat", "ramp", "stripes"]

@@ -166,6 +166,15 @@ def test_trainer_initializes_before_training_and_not_on_resume(tmp_path, image_f
     assert json.loads((tmp_path / "whole" / "checkpoint-3" / "config.json").read_text())["codebook_init"] == "kmeans"
 
 
+def test_images_that_give_no_batch_end_the_fit(tmp_path, image_folder):
+    """It once looked for crops without an end."""
+    model = VQRAEModel(tiny_config(codebook_init="kmeans"))
+    options = {"per_device_train_batch_size": 64, "dataloader_drop_last": True}
+    trainer = make_trainer(model, image_folder, tmp_path, max_steps=1, **options)
+    with pytest.raises(ValueError, match="fewer than a batch with --dataloader_drop_last"):
+        trainer.train()
+
+
 def test_a_resumed_gaussian_run_stays_gaussian(tmp_path, image_folder):
     """Recorded as k-means without latents, its trained codes would be fitted anew by whoever trains on."""
     first = make_trainer(VQRAEModel(tiny_config()), image_folder, tmp_path, max_steps=3, save_steps=3)

@@ -77,7 +77,24 @@ def test_the_map_has_a_row_for_each_choice_and_does_none_twice(
     monkeypatch.setattr(sys, "argv", ["fused_latents.py", *map(str, flags), "--rows", "attention"])
     with pytest.raises(SystemExit):
         fused_latents.main()
-    assert "Row 'attention' is like 'fused', which is not there: do that one before it." in capsys.readouterr().err
+    assert "row.json is not there, and a row is like it: do that one before." in capsys.readouterr().err
+    flags[-1] = tmp_path / "map"
+    flags += ["--rows", "attention", "--train_images", "3"]
+    monkeypatch.setattr(sys, "argv", ["fused_latents.py", *map(str, flags)])
+    with pytest.raises(SystemExit):
+        fused_latents.main()
+    assert "was fitted with another train_images" in capsys.readouterr().err
+
+
+def test_what_a_row_of_the_map_is():
+    """The same for the map and for the benchmark of the fit, which once took neither `like` nor `not_fused`."""
+    fused = {"pixel_weight": 2.0, "codebook_dim": 16}
+    rows = {"four": {"pixel_weight": 4.0}, "other": {"like": "four", "decoder_mixing": "both"}, "last": {}}
+    settings = {"common": {"image_size": 32}, "fused": fused, "rows": rows, "not_fused": ["last"]}
+    of_four = {"image_size": 32, "pixel_weight": 4.0, "codebook_dim": 16}
+    assert fused_latents.choice_of(settings, "four") == (of_four, None)
+    assert fused_latents.choice_of(settings, "other") == (of_four | {"decoder_mixing": "both"}, "four")
+    assert fused_latents.choice_of(settings, "last") == ({"image_size": 32}, None)
 
 
 def test_what_is_lost_of_the_last_layer_is_what_codes_do_not_give_back():
@@ -119,6 +136,19 @@ def test_random_labels_are_not_told_and_intervals_are_those_of_binomials():
     low, high = probe.interval(np.array([1.0] * 60 + [0.0] * 40))
     assert low == pytest.approx(0.6 - 1.96 * np.sqrt(0.24 / 100), abs=0.02)
     assert high == pytest.approx(0.6 + 1.96 * np.sqrt(0.24 / 100), abs=0.02)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [(["--batch_size", "0"], "must be at least 1"), (["--device", "cuda:77"], "is not here"), ([], "'.[probe]'")],
+)
+def test_mistakes_at_the_probe_end_in_one_line(flags, message, classes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(probe.importlib.util, "find_spec", lambda name: None)  # as if there were no scikit-learn
+    flags = ["--model_name_or_path", tmp_path, "--data", classes, "--output_dir", tmp_path / "out", *flags]
+    monkeypatch.setattr(sys, "argv", ["probe.py", *map(str, flags)])
+    with pytest.raises(SystemExit):
+        probe.main()
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,12 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from generation import sample, tokenize_images, train
 from generation.demo import Generator
-from generation.provenance import tokenizer_hash
 from generation.sampling import generate_images, load_generator, load_painter
 from generation.trainer import GeneratorTrainingArguments
 from generation.vocabulary import Vocabulary
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import VQRAEModel
+from reading.models import tokenizer_hash
 from training.options import parse, refuse_without_effect, rules_of_trainer
 
 

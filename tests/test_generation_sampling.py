@@ -6,8 +6,8 @@ from generators import make_tokenizer
 from test_generation_vocabulary import of_kind, vocabulary
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from generation.provenance import tokenizer_hash
 from generation.sampling import SeededCodes, generate_tokens, load_generator, load_painter
+from reading.models import tokenizer_hash
 
 
 CONDITIONS = {"class": [3, 0, 2], "text": [[4], [0, 1, 2], None], "none": [None] * 3}

@@ -174,6 +174,16 @@ def test_a_generator_learns_what_a_text_asks_for(tmp_path, monkeypatch, capsys):
     assert torch.equal(made.flatten(1), tokens[:4].flatten(1))
 
 
+def test_empty_texts_need_the_null_condition(tmp_path, monkeypatch, capsys):
+    """They stopped the training in the middle of an epoch."""
+    write_tokens(tmp_path / "tokens", torch.ones(4, 1, 2, 3, dtype=torch.long), texts=["a dot", "", "a dot", "a"])
+    words = text_tokenizer(tmp_path / "words")
+    flags = ["--text_tokenizer", words, "--condition_dropout", 0, "--output_dir", tmp_path / "generator"]
+    with pytest.raises(SystemExit):
+        run_training(monkeypatch, "--train_data", tmp_path / "tokens", *flags)
+    assert "is no condition: pass --condition_dropout above 0" in capsys.readouterr().err
+
+
 def test_sizes_are_those_of_llamagen():
     """Weights without embeddings, and with those of 16,384 codes and 1,000 classes, against what its paper says."""
     for size, millions in (("B", 111), ("L", 343), ("XL", 775), ("XXL", 1411)):
@@ -217,6 +227,8 @@ def test_mistakes_are_named_in_one_line(folder, tmp_path, monkeypatch, capsys):
         (["--train_data", folder, "--model_config", '{"hidden_size": 65}'], "hidden size (65)"),
         (["--train_data", folder, "--condition_dropout", "1"], "condition_dropout must be in [0, 1)"),
         (["--train_data", plain, "--condition_dropout", "0.2"], "--condition_dropout has no effect"),
+        (["--train_data", plain, "--picture_guidance", "1.5"], "--picture_guidance has no effect"),
+        (["--train_data", folder, "--condition_dropout", "0", "--picture_guidance", "2"], "--picture_guidance has no"),
         (["--train_data", folder, "--max_text_tokens", "9"], "--max_text_tokens has no effect"),
         (["--train_data", folder, "--eval_data", other, "--holdout", "0.1"], "--holdout has no effect"),
         (["--train_data", folder, "--eval_data", other], "have 2 x 2 tokens, those of --train_data 2 x 3"),

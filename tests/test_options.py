@@ -143,7 +143,7 @@ def documented_modules():
     """Commands that are modules with a parser of their own."""
     for document in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))):
         text = "\n".join(blocks(document.relative_to(ROOT), "bash")).replace("\\\n", " ")
-        for module, arguments in re.findall(r"-m ((?:generation|benchmarks|examples)\.\w+) (.*)", text):
+        for module, arguments in re.findall(r"-m ((?:generation|benchmarks|examples|eval|convert)\.\w+) (.*)", text):
             if "..." not in arguments and "$" not in arguments:
                 yield pytest.param(module, arguments, id=f"{document.name}: {module} {arguments.strip()[-30:]}")
 
@@ -161,14 +161,25 @@ def test_what_was_given_is_remembered_whatever_its_form():
     assert {name: given[name] for name in expected} == expected and len(given) == 8
 
 
+def test_numbers_of_a_json_file_stay_numbers(tmp_path):
+    """Also those in fields of fields, and such as 1e-5, which YAML takes for a text."""
+    options = {"lr_scheduler_kwargs": {"min_lr": 1e-05}, "model_config": {"decoder_layer_norm_eps": 1e-12}}
+    (tmp_path / "recipe.json").write_text(json.dumps(options).replace("1e-05", "1e-5"))
+    arguments = [str(tmp_path / "recipe.json"), "--train_data", ".", "--output_dir", str(tmp_path)]
+    (_, _, training), given, _ = parse(KINDS, arguments, "")
+    assert given["model_config"] == {"decoder_layer_norm_eps": 1e-12}
+    assert training.lr_scheduler_kwargs == {"min_lr": 1e-5}
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["nowhere.yaml"], "nowhere.yaml"),
-        (["broken.json"], "neither JSON nor YAML"),
-        (["list.yaml"], "expected options by name"),
+        (["broken.json"], "broken.json is no JSON"),
+        (["list.yaml"], "list.yaml holds no fields with names"),
         ([*LOCAL, "--max_step", "3"], "There is no option --max_step 3"),
         ([*LOCAL, "--model_config", "{"], "model_config must be JSON"),
+        ([*LOCAL, "--model_config", "5"], "model_config must have fields with names, got 5"),
         ([*LOCAL, "--learning_rate", "fast"], "invalid float value"),
         ([*LOCAL, "--lr_scheduler_type", "cosine_with_min_lr", "--eval_strategy", "now"], "now"),
         ([*HUB, "--streaming"], "--streaming needs --max_steps"),

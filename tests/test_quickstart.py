@@ -18,11 +18,11 @@ from eval.commands import ends_in_one_line
 from eval.results import weights_file_hash
 from examples import quickstart
 from generation import train
-from generation.provenance import tokenizer_hash
 from generation.vocabulary import Vocabulary
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import VQRAEModel
 from reading.files import find_images
+from reading.models import tokenizer_hash
 from training.data import split_files
 
 

@@ -25,13 +25,14 @@ from torchvision.transforms.v2 import functional
 
 from configuration_simvq_gan import SimVQGANConfig
 from generation import tokenize_images
-from generation.provenance import Provenance, check_tokenizer, tokenizer_hash
+from generation.provenance import Provenance, check_tokenizer
 from generation.shards import Plan
 from generation.tokenizing import MOST_BATCHES, Collected, TokenRows, Views, prepare, row_features, token_dtype
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import VQRAEModel
 from modeling_simvq_gan import SimVQGANModel
 from reading.images import decode_image
+from reading.models import tokenizer_hash
 
 
 def tokenize(*arguments, output="tokens", fails=False, workers=0):

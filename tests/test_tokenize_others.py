@@ -15,8 +15,9 @@ from PIL import Image
 from test_tokenize import rows_of, tokenize
 
 from generation import export_tokens, tokenize_images, tokens_info
-from generation.provenance import Provenance, tokenizer_hash
+from generation.provenance import Provenance
 from modeling_simvq import VQRAEModel
+from reading.models import tokenizer_hash
 
 
 def call(command, *arguments, capsys=None, fails=False):

@@ -1,10 +1,31 @@
 """Options of training."""
 
+import json
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from transformers import TrainingArguments
 
+from eval.files import read_fields
 from training.losses import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES
+
+
+def parse_model_config(given: dict | str | None) -> dict | None:
+    """The fields of a configuration, given as such, as JSON, or as the name of a JSON file.
+
+    Raises:
+        ValueError: it is nothing of these.
+    """
+    if isinstance(given, str):
+        if given.endswith(".json"):
+            return read_fields(Path(given))
+        try:
+            given = json.loads(given)
+        except ValueError as error:
+            raise ValueError(f"model_config must be JSON, got {given}: {error}") from error
+    if not isinstance(given, dict | None):
+        raise ValueError(f"model_config must have fields with names, got {given}.")
+    return given
 
 
 @dataclass

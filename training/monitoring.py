@@ -108,7 +108,8 @@ class MonitoringTrainer(PushingTrainer):
             counts = self._window.add(self.accelerator.reduce(quantizer.get_codebook_counts(), reduction="sum"))
             logs |= codebook_statistics(counts)
             self._report_collapse(logs)
-            if nonfinite := quantizer.get_num_nonfinite():
+            nonfinite = torch.tensor(quantizer.get_num_nonfinite(), device=self.accelerator.device)
+            if nonfinite := self.accelerator.reduce(nonfinite, reduction="sum").item():
                 logs["nonfinite_latents"] = nonfinite
             if self.nonfinite.count:
                 logs["nonfinite_steps"] = self.nonfinite.count

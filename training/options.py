@@ -4,8 +4,9 @@ import dataclasses
 import json
 from pathlib import Path
 
-import yaml
 from transformers import HfArgumentParser
+
+from eval.files import read_fields
 
 
 SECRET = {"token", "password", "secret", "key"}  # last words of the names of options that nobody else may read
@@ -60,14 +61,8 @@ def _names(flags: list[str], known: dict) -> set[str]:
 
 def _file_as_flags(path: str) -> list[str]:
     """The options of a file as flags. Names that begin with an underscore are remarks."""
-    try:
-        options = yaml.safe_load(Path(path).read_text())  # JSON is YAML
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} is neither JSON nor YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(options, dict):
-        raise ValueError(f"{path} holds a {type(options).__name__}, expected options by name.")
     flags = []
-    for name, value in options.items():
+    for name, value in read_fields(Path(path)).items():
         if name.startswith("_"):
             continue
         if isinstance(value, list):

@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from eval.files import write_whole
-from generation.provenance import tokenizer_hash
 from modeling_simvq import ImageTokenizer
 from reading.images import image_name
+from reading.models import tokenizer_hash
 from training.data import TrainTransform, collate
 
 

@@ -83,7 +83,7 @@ class CropsToFit:
         )
         with progress:
             while seen < self.count:
-                passes += 1
+                passes, before = passes + 1, seen
                 if trainer.train_transform:
                     trainer.train_transform.set_epoch(-passes)  # other crops in every pass, and not those of training
                 for batch in trainer.get_train_dataloader():
@@ -93,6 +93,11 @@ class CropsToFit:
                     yield pixels
                     if seen >= self.count:
                         return
+                if seen == before:
+                    raise ValueError(
+                        "The training images give no batch to fit the codes to: there are none, or fewer than a batch "
+                        "with --dataloader_drop_last. Lower --per_device_train_batch_size."
+                    )
 
 
 class VQRAETrainer(MonitoringTrainer):
@@ -304,10 +309,9 @@ class VQRAETrainer(MonitoringTrainer):
         if self.is_world_process_zero():
             known = isinstance(self.train_dataset, datasets.Dataset)
             each = f", {crops.count * count / len(self.train_dataset):.1f} of each image" if known else ""
-            twice = " twice" if getattr(model.config, "pixel_weight", None) else ""
             print(
                 f"k-means for {codes:,} codes: {crops.count * count * latents:,} latents of {crops.count * count:,} "
-                f"crops{each} are read and encoded{twice}, and then clustered.",
+                f"crops{each} are read and encoded, and then clustered.",
                 flush=True,
             )
         state = torch.random.get_rng_state()
