@@ -36,7 +36,7 @@ class VQRAEEncoderOutput(ModelOutput):
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(B, h * w, encoder width)`):
             Continuous features, not quantized; those of VQRAE have zero mean and unit variance per token.
-        quantized_last_hidden_state (`torch.FloatTensor` of shape `(B, h * w, encoder width)`):
+        quantized_last_hidden_state (`torch.FloatTensor` of shape `(B, h * w, config.decoder_in_features)`):
             The codes of the image tokens, as the decoder takes them.
         image_tokens (`torch.LongTensor` of shape `(B, h, w)`):
             Indices into the codebook, row by row.

@@ -54,8 +54,8 @@ def notes(result: dict) -> list[str]:
         said.append(f"gFID of samples and of training images is against {result['reference_statistics']}.")
     if "halves of the real images" in result["baselines"]:
         said.append(
-            "Halves: one half of the real images against the other, two sets of one distribution. So a number would be "
-            "at best, were it of as few images; of fewer, distances are larger."
+            "Halves: one half of the real images against the other. Samples that cannot be told from real images have "
+            "such numbers, if there are as few of them; with fewer images, distances are larger."
         )
     if "training images" in result["baselines"]:
         said.append("Training images: as many of them as there are samples, if there are, in the place of the samples.")

@@ -25,7 +25,7 @@ GRADIO = "6.31.0"  # with which the page is tested in a browser
 BOX = ROOT / "checkpoints" / "vqrae-dinov2-small"
 GENERATOR = ROOT / "checkpoints" / "emoji-llama"  # of the tokenizer in the box
 CODE = ("app.py", "*_simvq*.py", "LICENSE", "reading/*.py", "eval/*.py", "eval/*/*.py", "generation/*.py")
-CODE += ("training/*.py", "examples/CREDITS.md", "examples/images/*")
+CODE += ("examples/CREDITS.md", "examples/images/*")
 WEIGHTS = ("README.md", "*.json", "model*.safetensors")
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

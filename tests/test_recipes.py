@@ -65,7 +65,7 @@ def test_recipe_runs_two_steps(recipe, tiny_networks, tmp_path, image_folder, mo
         "per_device_eval_batch_size": 4, "dataloader_num_workers": 0, "logging_steps": 1, "eval_steps": 2,
         "save_steps": 2, "report_to": "none", "use_cpu": True, "max_eval_samples": 2,
     }  # fmt: skip
-    if "encoder_name_or_path" in options or recipe.stem in ("dinov2_small_128_stage1", "vqrae_dinov2_small_stage1"):
+    if "encoder_name_or_path" in options or recipe.stem == "vqrae_dinov2_small_stage1":
         tiny["encoder_name_or_path"] = str(tiny_networks / "encoder")
     if "model_name_or_path" in options:
         tiny["model_name_or_path"] = str(tiny_networks / ("fitted" if "token_passes" in options else "stage1"))
