@@ -64,41 +64,65 @@ def nearest_codes(
         (tokens,), int64. 0 for a token with a NaN.
     """
     device = latents.device
-    num_tokens, num_codes = latents.shape[0], codes.shape[0]
-    indices = torch.zeros(num_tokens, dtype=torch.int64, device=device)
+    indices = torch.zeros(latents.shape[0], dtype=torch.int64, device=device)
     relative_error = _relative_error(latents.shape[1], device)
-    max_half_norm = half_norms.max()
     tile_scores = _TILE_SCORES.get(device.type, _TILE_SCORES_ACCELERATOR)
-
-    for start in range(0, num_tokens, _TILE_TOKENS):
+    for start in range(0, latents.shape[0], _TILE_TOKENS):
         z = latents[start : start + _TILE_TOKENS] - mean
-        best = torch.full((z.shape[0],), math.inf, device=device)
-        runner_up = best.clone()
-        index = indices[start : start + _TILE_TOKENS]
-        width = max(1, tile_scores // z.shape[0])
-        buffer = torch.empty(z.shape[0] * min(width, num_codes), device=device)
-        for first in range(0, num_codes, width):
-            tile = codes[first : first + width]
-            scores = buffer[: z.shape[0] * tile.shape[0]].view(z.shape[0], tile.shape[0])
-            torch.addmm(half_norms[first : first + width], z, tile.T, alpha=-1, out=scores)
-            minimum = scores.amin(1)  # vectorized, where min with indices is not
-            runner_up = torch.minimum(runner_up, torch.maximum(best, minimum))
-            # Only tokens that found a nearer code need its index: in random order, about ln(number of tiles) times.
-            rows = (minimum < best).nonzero().squeeze(1)
-            if rows.numel():
-                improved = scores[rows] if rows.numel() < z.shape[0] else scores
-                values, columns = improved.min(1)
-                improved.scatter_(1, columns[:, None], math.inf)
-                runner_up[rows] = torch.minimum(runner_up[rows], improved.amin(1))
-                best[rows] = values
-                index[rows] = columns + first
-
-        # |score error| <= relative_error * (||e||^2 / 2 + |z| |e|)
-        margin = 2 * relative_error * (max_half_norm + z.norm(dim=1) * (2 * max_half_norm).sqrt())
-        rows = (runner_up - best <= margin).nonzero().squeeze(1)
-        if rows.numel():
-            index[rows] = _decide_in_float64(z[rows], codes, half_norms, best[rows] + margin[rows], tile_scores)
+        found = _search_in_float32(z, codes, half_norms, tile_scores)
+        indices[start : start + _TILE_TOKENS] = _decide_doubtful(
+            z, codes, half_norms, *found, relative_error, tile_scores
+        )
     return indices
+
+
+def _search_in_float32(
+    z: torch.Tensor, codes: torch.Tensor, half_norms: torch.Tensor, tile_scores: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Index of the lowest score `||e||^2 / 2 - z.e` of each token, that score, and the next higher one: (tokens,) int64
+    and twice float32."""
+    num_codes, device = codes.shape[0], z.device
+    index = torch.zeros(z.shape[0], dtype=torch.int64, device=device)
+    best = torch.full((z.shape[0],), math.inf, device=device)
+    runner_up = best.clone()
+    width = max(1, tile_scores // z.shape[0])
+    buffer = torch.empty(z.shape[0] * min(width, num_codes), device=device)
+    for first in range(0, num_codes, width):
+        tile = codes[first : first + width]
+        scores = buffer[: z.shape[0] * tile.shape[0]].view(z.shape[0], tile.shape[0])
+        torch.addmm(half_norms[first : first + width], z, tile.T, alpha=-1, out=scores)
+        minimum = scores.amin(1)  # vectorized, where min with indices is not
+        runner_up = torch.minimum(runner_up, torch.maximum(best, minimum))
+        # Only tokens that found a nearer code need its index: in random order, about ln(number of tiles) times.
+        rows = (minimum < best).nonzero().squeeze(1)
+        if rows.numel():
+            improved = scores[rows] if rows.numel() < z.shape[0] else scores
+            values, columns = improved.min(1)
+            improved.scatter_(1, columns[:, None], math.inf)
+            runner_up[rows] = torch.minimum(runner_up[rows], improved.amin(1))
+            best[rows] = values
+            index[rows] = columns + first
+    return index, best, runner_up
+
+
+def _decide_doubtful(
+    z: torch.Tensor,
+    codes: torch.Tensor,
+    half_norms: torch.Tensor,
+    index: torch.Tensor,
+    best: torch.Tensor,
+    runner_up: torch.Tensor,
+    relative_error: float,
+    tile_scores: int,
+) -> torch.Tensor:
+    """`index` (tokens,), with float64's where rounding may have decided between the two lowest scores."""
+    max_half_norm = half_norms.max()
+    # |score error| <= relative_error * (||e||^2 / 2 + |z| |e|)
+    margin = 2 * relative_error * (max_half_norm + z.norm(dim=1) * (2 * max_half_norm).sqrt())
+    rows = (runner_up - best <= margin).nonzero().squeeze(1)
+    if rows.numel():
+        index[rows] = _decide_in_float64(z[rows], codes, half_norms, best[rows] + margin[rows], tile_scores)
+    return index
 
 
 def _decide_in_float64(

@@ -3,6 +3,7 @@
 
     python -m benchmarks.quantizer                          # everything, about 20 minutes on 2 cores
     python -m benchmarks.quantizer --sections table --rows 2048,65536,128
+    python -m benchmarks.quantizer --sections kernel --device cuda
 
 Sections:
 
@@ -14,6 +15,9 @@ model   the quantizer's share of `encode` beside a SigLIP2-so400m-sized encoder 
         training step of the quick-start model with 262,144 codes.
 tried   what was not kept: the rate of bf16 products (for a shortlist), torch.compile of a tile, and norms of the codes
         through a triangular factor of W instead of their projection.
+kernel  on a GPU with Triton: the candidate of benchmarks/triton_search.py, in three kinds of products, beside our tiles
+        (and with TF32 allowed), the library, and bare `torch.matmul` in each arithmetic; whether the candidate is worth
+        its code. Not run on a GPU yet; TRITON_INTERPRET=1 rehearses it on a CPU, with --rows 64,128,8.
 
 Every method runs in a process of its own. The processes of a row take turns, one step each, so that all meet the same
 machine; given are medians. Memory is the peak of the first step above what the process held before it (codebook and
@@ -22,6 +26,8 @@ projected codebook.
 """
 
 import argparse
+import functools
+import importlib.util
 import json
 import math
 import os
@@ -46,6 +52,10 @@ ROOT = Path(__file__).resolve().parents[1]
 ROWS = ["4096,1024,128", "4096,16384,256", "2048,16384,1536", "2048,65536,128", "2048,262144,128", "16384,262144,128"]
 MODES = {"eval": "forward, eval", "train": "forward, training", "step": "forward + backward"}
 METHODS = {"reference": 5, "library": 2, "floor": 0, "ours": 0}  # copies of the tokens x codes matrix at the peak
+
+
+KERNEL_ROWS = ["16384,65536,128", "16384,262144,128"]
+PRODUCTS = {"ieee": ("fp32", 1), "tf32x3": ("tf32", 3), "bf16x3": ("bf16", 3)}  # of the kernel: arithmetic, how many
 
 
 # What is measured, each as a function that runs one step -------------------------------------------------------------
@@ -75,7 +85,16 @@ def quantizer_step(method: str, mode: str, tokens: int, codes: int, dim: int, de
     z = torch.randn(tokens, dim, device=device)
     if method == "floor":
         return floor_step(mode, z, codes)
-    if method == "ours":
+    if method.startswith("product "):
+        return product_step(method.split()[1], z, codes)
+    if method == "ours tf32":
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    if method.startswith("kernel "):
+        import quantization_simvq
+        from benchmarks import triton_search
+
+        quantization_simvq.nearest_codes = functools.partial(triton_search.nearest_codes, precision=method.split()[1])
+    if method.startswith(("ours", "kernel ")):
         from modeling_simvq import SimVQ
 
         quantizer = SimVQ(codes, dim, legacy=False).to(device)
@@ -124,6 +143,22 @@ def floor_step(mode: str, z: torch.Tensor, codes: int):
         if mode == "step":  # the chosen rows, and the gradient of the projection from them
             torch.mm(z, weight.T, out=chosen)
             torch.mm(z.T, chosen)
+
+    return step
+
+
+def product_step(arithmetic: str, z: torch.Tensor, codes: int):
+    """A bare `torch.matmul` of tokens and all codes, 2,048 tokens at a time for its memory."""
+    codebook = torch.randn(codes, z.shape[1], device=z.device)
+    if arithmetic == "bf16":
+        z, codebook = z.bfloat16(), codebook.bfloat16()
+    if arithmetic == "tf32":
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+
+    @torch.no_grad()
+    def step():
+        for tile in z.split(2048):
+            torch.matmul(tile, codebook.T)
 
     return step
 
@@ -188,7 +223,10 @@ def worker(task: dict) -> None:
         step = training_step(task["training_step"])
     else:
         arguments = [task[name] for name in ("method", "mode", "tokens", "codes", "dim")]
-        quantizer_step(task["method"], task["mode"], 64, 64, task["dim"], device)()
+        if task["method"].startswith("kernel "):
+            quantizer_step(*arguments, device)()  # chooses its blocks for this size
+        else:
+            quantizer_step(task["method"], task["mode"], 64, 64, task["dim"], device)()
         step = quantizer_step(*arguments, device)
     peak = peak_above_baseline(step, device)
     print(json.dumps({"peak": peak, "process": None if peak is None else status("VmHWM")}), flush=True)
@@ -251,16 +289,14 @@ def row(text: str) -> tuple[int, int, int]:
 
 
 def table(args) -> None:
-    memory = available_memory(args.device)
+    rows, memory = args.rows or list(map(row, ROWS)), available_memory(args.device)
     lines = [
         "| tokens x codes x dim | | reference s | library s | floor s | ours s | reference / ours | library / ours | "
         "ours / floor | peak MB: reference | library | ours | scratch |",
         "| --- | --- |" + " ---: |" * 11,
     ]
-    with tqdm(
-        total=len(args.rows) * len(MODES) * args.repeats, desc="Table", unit="round", file=sys.stderr
-    ) as progress:
-        for tokens, codes, dim in args.rows:
+    with tqdm(total=len(rows) * len(MODES) * args.repeats, desc="Table", unit="round", file=sys.stderr) as progress:
+        for tokens, codes, dim in rows:
             for mode, description in MODES.items():
                 tasks = {
                     method: dict(method=method, mode=mode, tokens=tokens, codes=codes, dim=dim, device=args.device)
@@ -427,6 +463,48 @@ def tried(args) -> None:
     )
 
 
+def kernel(args) -> None:
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if importlib.util.find_spec("triton") is None or not (args.device.startswith("cuda") or interpreted):
+        print("kernel: not run, it needs --device cuda and Triton.")
+        return
+    rows, memory = args.rows or list(map(row, KERNEL_ROWS)), available_memory(args.device)
+    kernels = [f"kernel {precision}" for precision in PRODUCTS]
+    products = {f"kernel {precision}": f"product {arithmetic}" for precision, (arithmetic, _) in PRODUCTS.items()}
+    gains = {name: [] for name in kernels}  # how many times as fast as the tiles
+    lines = [
+        "| tokens x codes x dim | | method | s | s / bare products | library s / s | peak MB | library MB / MB |",
+        "| --- | --- | --- |" + " ---: |" * 5,
+    ]
+    with tqdm(total=len(rows) * 2 * args.repeats, desc="Kernel", unit="round", file=sys.stderr) as progress:
+        for tokens, codes, dim in rows:
+            for mode in ("eval", "step"):
+                methods = ["ours", "ours tf32", *kernels, *(products.values() if mode == "eval" else [])]
+                if 4 * tokens * codes * METHODS["library"] < 0.8 * memory:
+                    methods.append("library")
+                size = dict(mode=mode, tokens=tokens, codes=codes, dim=dim, device=args.device)
+                found = side_by_side({name: dict(method=name, **size) for name in methods}, args.repeats, progress)
+                library = found.get("library", {"seconds": None, "peak": None})
+                for name, result in found.items():
+                    bare = found.get(products.get(name), {}).get("seconds")
+                    cells = [f"{tokens:,} x {codes:,} x {dim:,}", MODES[mode], name, number(result["seconds"], ".4f")]
+                    cells.append(number(bare and result["seconds"] / bare / PRODUCTS[name.split()[1]][1], ".2f"))
+                    cells.append(number(library["seconds"] and library["seconds"] / result["seconds"], ".1f"))
+                    cells.append(number(result["peak"], ",.0f"))
+                    cells.append(number(library["peak"] and library["peak"] / result["peak"], ".1f"))
+                    lines.append("| " + " | ".join(cells) + " |")
+                for name in kernels:
+                    gains[name].append(found["ours"]["seconds"] / found[name]["seconds"])
+    print("\n".join(lines))
+    best = max(kernels, key=lambda name: min(gains[name]))
+    print(f"\n{best}: {min(gains[best]):.2f} to {max(gains[best]):.2f} times as fast as the tiles (ours).")
+    if min(gains[best]) > 1.1:
+        print("It is worth its code: it enters quantization_simvq.py.")
+    else:
+        print("The tiles are within a tenth of it somewhere: no kernel, less code wins.")
+    print("Aims: at most 1.3 of the bare products (forward), 3 times as fast as the library, a tenth of its memory.")
+
+
 def now(device: str) -> float:
     if device.startswith("cuda"):
         torch.cuda.synchronize()
@@ -435,10 +513,10 @@ def now(device: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sections = {"table": table, "growth": growth, "model": model, "tried": tried}
+    sections = {"table": table, "growth": growth, "model": model, "tried": tried, "kernel": kernel}
     parser.add_argument("--sections", nargs="+", default=list(sections), choices=list(sections), help="Default: all.")
     parser.add_argument(
-        "--rows", nargs="+", type=row, default=list(map(row, ROWS)), help="tokens,codes,dim of each row of the table."
+        "--rows", nargs="+", type=row, help="tokens,codes,dim of each row of the sections table and kernel."
     )
     parser.add_argument("--repeats", type=int, default=5, help="Timed steps after the warm-up (default: 5).")
     parser.add_argument("--device", type=present_device, default="cpu", help="cpu (default) or cuda.")
