@@ -131,6 +131,15 @@ def test_codes_that_are_exactly_as_near_are_decided_by_their_order_where_float64
             assert quantizer(z[None, None])[2].item() == 0
 
 
+def test_a_huge_code_does_not_make_others_equally_near():
+    """What float64 rounds of the distance to it is more than the difference of two others."""
+    near = torch.tensor([[0.0, 1.0], [0.0, 1 + 2**-10]])
+    huge = torch.tensor([[2.0**15, 0.0]])
+    quantizer = VectorQuantizer(6, 2)
+    quantizer.embedding.weight.data = torch.cat([near, -near, huge, -huge])
+    assert quantizer(near[None])[2].tolist() == [[0, 1]]
+
+
 def test_tiling_does_not_change_the_result(monkeypatch):
     torch.manual_seed(0)
     quantizer, z = SimVQ(301, 16), torch.randn(1, 157, 16)
