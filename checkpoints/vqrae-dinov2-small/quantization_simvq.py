@@ -136,7 +136,8 @@ def _decide_in_float64(
 # loads (remote code of several checkpoints) uses the operator of the first: its name says what it computes.
 if not hasattr(torch.ops.simvq, "nearest_codes"):
 
-    @torch.library.custom_op("simvq::nearest_codes", mutates_args=())
+    # the CPU waits for numbers of tokens in doubt, which no CUDA graph can
+    @torch.library.custom_op("simvq::nearest_codes", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
     def _nearest_codes_operator(
         latents: torch.Tensor, codes: torch.Tensor, half_norms: torch.Tensor, mean: torch.Tensor
     ) -> torch.Tensor:
