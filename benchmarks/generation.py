@@ -24,6 +24,7 @@ import time
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
+from benchmarks.measuring import name_of, now
 from eval.commands import ends_in_one_line
 from eval.options import present_device, whole_number
 from generation.sampling import SeededCodes, generate_tokens, load_generator
@@ -135,11 +136,9 @@ class Loops:
 
 def seconds(function, device: torch.device) -> tuple[tuple[float, float], torch.Tensor | None]:
     """How long a function takes, on the clock and on processors, and what it returns."""
-    start = time.perf_counter(), time.process_time()
+    start = now(device), time.process_time()
     result = function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start[0], time.process_time() - start[1]), result
+    return (now(device) - start[0], time.process_time() - start[1]), result
 
 
 @torch.inference_mode()
@@ -181,9 +180,8 @@ def main() -> None:
         model, vocabulary = random_generator(args.side, args.codes, args.width, args.layers)
         model.to(args.device)
     result, different = compare(Loops(model, vocabulary, args.batch_size, args.guidance_scale), args.repeats)
-    where = torch.cuda.get_device_name() if args.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(
-        f"torch {torch.__version__}, {where}; {model.num_parameters():,} weights, {vocabulary.height} x "
+        f"torch {torch.__version__}, {name_of(args.device)}; {model.num_parameters():,} weights, {vocabulary.height} x "
         f"{vocabulary.width} tokens of {vocabulary.codebook_size:,} codes, {args.batch_size} images, guidance "
         f"{args.guidance_scale}\n\n{table(result, args.batch_size)}\n\nTokens that differ between ours and the loop "
         f"without a cache: {different:.2%}"

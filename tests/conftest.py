@@ -6,6 +6,7 @@ import tempfile
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read once: else a GPU's products are not the same bits each time
 if "PYTEST_XDIST_WORKER" in os.environ:
     # processes of one run share the cores, and must not write the same copies of the code beside checkpoints
     threads = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
@@ -72,6 +73,30 @@ def image_folder(tmp_path):
             noise = torch.randint(0, 256, (6, 8, 3), dtype=torch.uint8, generator=generator)
             Image.fromarray(noise.numpy()).resize((48, 40)).save(folder / f"{source}-{number}.png")
     return folder
+
+
+# Devices --------------------------------------------------------------------------------------------------------------
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request):
+    """What holds on a CPU holds on a GPU."""
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def same_bits(device):
+    """On a GPU, algorithms that round alike every time, where others are faster; an operation that has none raises."""
+    torch.use_deterministic_algorithms(device.type == "cuda")
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 # Evaluation -----------------------------------------------------------------------------------------------------------

@@ -2,22 +2,29 @@
 
 import json
 import os
+import re
 import runpy
 import sys
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
+from conftest import tiny_config
 from test_loading import ROOT
 
-from benchmarks import evaluation, generation, tokenize
+from benchmarks import evaluation, generation, tokenize, training_step
 from benchmarks.collapse import keep_apart
+from benchmarks.measuring import OTHERS, kind_of
 from generation.tokenizing import TokenRows
+from modeling_simvq import VQRAEModel
 from reading.files import dataset_of_files, find_images
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")
-@pytest.mark.parametrize("name", sorted(file.stem for file in (ROOT / "benchmarks").glob("*.py")))
+@pytest.mark.parametrize(
+    "name", sorted(file.stem for file in (ROOT / "benchmarks").glob("*.py") if "__main__" in file.read_text())
+)
 def test_each_starts_as_a_module(name, monkeypatch, capsys):
     if name == "triton_search":
         pytest.importorskip("triton", reason="Triton comes with torch's builds for CUDA")
@@ -41,8 +48,60 @@ def test_runs_of_other_settings_are_not_taken_for_one_s_own(tmp_path):
 
 def test_the_evaluation_s_loop_and_the_references_give_the_same_numbers(image_folder, capsys):
     """The benchmark checks it."""
-    evaluation.without_networks(find_images(image_folder)[:3])
+    evaluation.without_networks(find_images(image_folder)[:3], 0, torch.device("cpu"))
     assert "| ours |" in capsys.readouterr().out
+
+
+def test_a_whole_evaluation_is_told_apart_into_its_parts(image_folder, monkeypatch, capsys):
+    """Also under the profiler, where Inception and VGG are convolutions. Both networks are made smaller."""
+    small = {"rfid": torch.nn.Sequential(torch.nn.Conv2d(3, 4, 8, 8), torch.nn.Flatten())}
+
+    def convolution(net):
+        return lambda fake, real, normalize: torch.nn.functional.conv2d(fake - real, torch.ones(1, 3, 5, 5)).mean(
+            (1, 2, 3)
+        )
+
+    networks = evaluation.Networks({"rfid": lambda images: small["rfid"](images.float())})
+    networks.lpips = {f"lpips_{net}": convolution(net) for net in ("alex", "vgg")}
+    monkeypatch.setattr(evaluation, "networks_of_default", lambda device: networks)
+    monkeypatch.setattr(evaluation, "model_of", lambda *sizes: VQRAEModel(tiny_config(codebook_size=1024)).eval())
+    given = ["--data", str(image_folder), "--image_size", "32", "--batch_size", "4", "--profile"]
+    evaluation.whole_pass(find_images(image_folder)[:8], evaluation.parser.parse_args(given))
+    printed = capsys.readouterr().out
+    shares = [float(share) for share in re.findall(r"\| [\d.]+ \| ([\d.]+)% \|", printed.split("| all |")[0])]
+    assert len(shares) == 6 and sum(shares) == pytest.approx(100, abs=0.5)
+    assert re.search(r"[\d.]+ images a second, at most [\d,]+ MB", printed)
+    assert re.search(r"\| convolutions \| 0\.0*[1-9]", printed) and "Outside matrix products" in printed
+
+
+TINY_STEP = ["--batch_size", "2", "--image_size", "32", "--width", "64", "--layers", "1", "--codes", "64"]
+
+
+def test_a_training_step_of_ours_begins_at_the_references_loss():
+    args = training_step.parser.parse_args([*TINY_STEP, "--steps", "1"])
+    ours, references = (training_step.steps_of(kind, args) for kind in ("ours", "references"))
+    assert ours["first loss"] == pytest.approx(references["first loss"], rel=1e-5)
+    assert len(ours["seconds"]) == 1 and ours["waited"][0] < ours["seconds"][0] and ours["peak"] > 100
+
+
+def test_a_training_step_is_measured_on_images_in_bf16_and_told_apart(image_folder):
+    given = [*TINY_STEP, "--bf16", "--data", str(image_folder), "--steps", "1"]
+    args = training_step.parser.parse_args(given)
+    measured = training_step.steps_of("ours", args)
+    assert 0 < min(measured["waited"]) and all(w < s for w, s in zip(measured["waited"], measured["seconds"]))
+    profile = training_step.profile_of_a_step(args)
+    assert sum(profile.kinds.values()) == pytest.approx(profile.seconds, rel=0.02)
+    assert all(profile.kinds[kind] > 0 for kind in ("matrix products", "convolutions", "attention"))
+    assert 0 < profile.outside < 1 and "| matrix products |" in profile.table()
+    assert "bounds the step: waiting for images (waiting for images 99.0%" in training_step.bound(0.99, profile)
+    assert "bounds the step: waiting" not in training_step.bound(0.0, profile)
+
+
+def test_operations_are_products_or_not_by_their_names():
+    kinds = {"aten::addmm": "matrix products", "aten::cudnn_convolution": "convolutions", "aten::add_": OTHERS[0]}
+    kinds |= {"aten::_efficient_attention_backward": "attention", "simvq::nearest_codes": "the search's kernel"}
+    kinds |= {"autograd::engine::evaluate_function: MulBackward0": OTHERS[1], "Optimizer.step#AdamW.step": OTHERS[1]}
+    assert {name: kind_of(name) for name in kinds} == kinds
 
 
 def test_the_loops_of_generation_draw_codes_and_ours_those_of_the_loop_without_a_cache():

@@ -19,9 +19,9 @@ from modeling_simvq import VQRAEModel
 from reading.files import dataset_of_files, find_images
 
 
-def test_an_interrupted_pass_goes_on_and_ends_with_the_same_numbers(tmp_path, image_folder):
+def test_an_interrupted_pass_goes_on_and_ends_with_the_same_numbers(tmp_path, image_folder, device):
     torch.manual_seed(0)
-    model = VQRAEModel(tiny_config()).eval()
+    model = VQRAEModel(tiny_config()).eval().to(device)
     protocol, files = Protocol.load("default"), find_images(image_folder)
     images = CroppedImages(dataset_of_files(files), protocol, 32)
     seen = []
@@ -37,7 +37,7 @@ def test_an_interrupted_pass_goes_on_and_ends_with_the_same_numbers(tmp_path, im
 
         evaluation = Evaluation(protocol, Networks({"fd_colors": MeanColors()}), 64)
         try:
-            evaluate(evaluation, images, counted, 5, 0, torch.device("cpu"), tmp_path / "p.pt", key, save_seconds=-1)
+            evaluate(evaluation, images, counted, 5, 0, device, tmp_path / "p.pt", key, save_seconds=-1)
         finally:
             seen.append(calls)
         (tmp_path / "p.pt").unlink()

@@ -129,10 +129,10 @@ def test_hidden_states_and_attentions(pixels):
 
 
 @pytest.mark.parametrize("fields", [{}, {"use_simvq": False}, {"codebook_dim": 8, "freeze_encoder": False}])
-def test_compiled_as_one_graph_it_gives_the_same_tokens_and_counts_them(fields, pixels):
+def test_compiled_as_one_graph_it_gives_the_same_tokens_and_counts_them(fields, pixels, device):
     torch.manual_seed(0)
     torch._dynamo.reset()  # each graph of an earlier test counts as one more variant of this code
-    model = VQRAEModel(tiny_config(**fields)).eval()
+    model, pixels = VQRAEModel(tiny_config(**fields)).eval().to(device), pixels.to(device)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")  # the whole graph, without a compiler
     with torch.no_grad():
         expected = model(pixels)
@@ -150,17 +150,18 @@ def test_compiled_as_one_graph_it_gives_the_same_tokens_and_counts_them(fields, 
         torch.testing.assert_close(model.get_parameter(name).grad, gradient, atol=1e-5, rtol=1e-4)
 
 
-def test_near_ties_are_decided_in_a_graph_too():
+def test_near_ties_are_decided_in_a_graph_too(device):
     """The exact search runs there, not a formula in fp32: codes that differ by less than its rounding."""
     torch.manual_seed(0)
-    model = VQRAEModel(tiny_config(codebook_dim=4)).eval()
+    model = VQRAEModel(tiny_config(codebook_dim=4)).eval().to(device)
     quantizer = model.quantizer
     with torch.no_grad():
         quantizer.embedding_proj.weight.copy_(torch.eye(4))
         quantizer.embedding_proj.bias.fill_(1000.0)
         quantizer.embedding.weight.mul_(1e-3)
-    z = quantizer.get_codebook_entry(torch.arange(64))[None] + 1e-4 * torch.randn(1, 64, 4)
-    codes = quantizer.get_codebook_entry(torch.arange(64)).double()
+    every = torch.arange(64, device=device)
+    z = quantizer.get_codebook_entry(every)[None] + 1e-4 * torch.randn(1, 64, 4).to(device)
+    codes = quantizer.get_codebook_entry(every).double()
     expected = (z[0].double()[:, None] - codes).square().sum(-1).argmin(1)
     in_fp32 = torch.cdist(z[0], codes.float(), compute_mode="use_mm_for_euclid_dist").argmin(1)
     assert not torch.equal(in_fp32, expected)  # else this would show nothing

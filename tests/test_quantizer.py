@@ -24,16 +24,16 @@ def naive(quantizer, z):
 
 
 def double_distances(quantizer, z):
-    codes = quantizer.get_codebook_entry(torch.arange(quantizer.num_embeddings)).double()
+    codes = quantizer.get_codebook_entry(torch.arange(quantizer.num_embeddings, device=z.device)).double()
     return (z.double()[:, None] - codes).pow(2).sum(-1)
 
 
 @pytest.mark.parametrize("legacy", [True, False])
 @pytest.mark.parametrize("layout", ["BCHW", "BNC"])
-def test_equals_the_naive_formula_with_gradients(legacy, layout):
+def test_equals_the_naive_formula_with_gradients(legacy, layout, device):
     torch.manual_seed(0)
-    quantizer = SimVQ(96, 24, commitment_cost=0.25, legacy=legacy)
-    z = torch.randn((2, 24, 5, 7) if layout == "BCHW" else (2, 35, 24), requires_grad=True)
+    quantizer = SimVQ(96, 24, commitment_cost=0.25, legacy=legacy).to(device)
+    z = torch.randn((2, 24, 5, 7) if layout == "BCHW" else (2, 35, 24)).to(device).requires_grad_()
     weights = torch.randn_like(z)
 
     z_q, loss, indices = quantizer(z)
@@ -76,26 +76,26 @@ def test_same_indices_and_loss_as_vector_quantize_pytorch():
 
 
 @pytest.mark.parametrize("num_embeddings", [8, 1030])
-def test_ties_go_to_the_lowest_index(num_embeddings):
+def test_ties_go_to_the_lowest_index(num_embeddings, device):
     torch.manual_seed(0)
-    quantizer = SimVQ(num_embeddings, 20)
+    quantizer, z = SimVQ(num_embeddings, 20).to(device), torch.randn(1, 300, 20).to(device)
     half = num_embeddings // 2
     quantizer.embedding.weight[half:].copy_(quantizer.embedding.weight[: num_embeddings - half])
-    indices = quantizer(torch.randn(1, 300, 20))[2]
+    indices = quantizer(z)[2]
     assert indices.max() < half
     nn.init.zeros_(quantizer.embedding_proj.weight)  # every code is b
-    assert quantizer(torch.randn(1, 300, 20))[2].eq(0).all()
+    assert quantizer(z)[2].eq(0).all()
 
 
 @pytest.mark.parametrize("offset", [0.0, 10.0, 30.0])
 @pytest.mark.parametrize("shift_codes", [False, True])
-def test_search_is_that_of_float64(offset, shift_codes):
+def test_search_is_that_of_float64(offset, shift_codes, device):
     torch.manual_seed(0)
-    quantizer = SimVQ(1500, 32)
-    direction = F.normalize(torch.randn(32), dim=0)
+    quantizer = SimVQ(1500, 32).to(device)
+    direction = F.normalize(torch.randn(32), dim=0).to(device)
     if shift_codes:
         quantizer.embedding_proj.bias.data += offset * direction
-    z = torch.randn(400, 32) / 32**0.5 + offset * direction
+    z = torch.randn(400, 32).to(device) / 32**0.5 + offset * direction
     indices = quantizer(z[None])[2][0]
     distances = double_distances(quantizer, z)
     chosen = distances.gather(1, indices[:, None])[:, 0]
@@ -104,31 +104,40 @@ def test_search_is_that_of_float64(offset, shift_codes):
         assert torch.equal(indices, distances.argmin(1))
 
 
-def test_near_ties_that_fp32_gets_wrong_are_decided_in_float64():
+def test_near_ties_that_fp32_gets_wrong_are_decided_in_float64(device):
     """Pairs of codes closer than fp32 scores can tell, on a dyadic grid of mean 0, where centring is exact."""
     torch.manual_seed(0)
-    codes = torch.randint(-(2**13), 2**13, (64, 256)) / 2**10
+    codes = torch.randint(-(2**13), 2**13, (64, 256)).to(device) / 2**10
     twins = codes.clone()
     twins[:, 7] += 2**-10
-    quantizer = VectorQuantizer(256, 256)
+    quantizer = VectorQuantizer(256, 256).to(device)
     quantizer.embedding.weight.data = torch.cat([codes, twins, -codes, -twins])
-    z = codes.repeat(4, 1) + 0.01 * torch.randn(256, 256)
+    z = codes.repeat(4, 1) + 0.01 * torch.randn(256, 256).to(device)
     distances = (z.double()[:, None] - quantizer.embedding.weight.double()).pow(2).sum(-1)
     plain = (quantizer.embedding.weight.pow(2).sum(1) - 2 * z @ quantizer.embedding.weight.T).argmin(1)
     assert (plain != distances.argmin(1)).sum() > 20
     assert torch.equal(quantizer(z[None])[2][0], distances.argmin(1))
 
 
-def test_codes_that_are_exactly_as_near_are_decided_by_their_order_where_float64_rounds():
+def test_codes_that_are_exactly_as_near_are_decided_by_their_order_where_float64_rounds(device):
     """z + d and z - d, of so many bits and dimensions that their float64 scores differ by rounding."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
-        z, d = (torch.randint(-(2**22), 2**22, (4096,), generator=generator) / 2**24 for _ in range(2))
+        z, d = (torch.randint(-(2**22), 2**22, (4096,), generator=generator).to(device) / 2**24 for _ in range(2))
         pair = torch.stack([z + d, z - d])
-        quantizer = VectorQuantizer(4, 4096)
+        quantizer = VectorQuantizer(4, 4096).to(device)
         for codes in (pair, pair.flip(0)):
             quantizer.embedding.weight.data = torch.cat([codes, -codes])  # of mean 0, so that centring is exact
             assert quantizer(z[None, None])[2].item() == 0
+
+
+def test_a_huge_code_does_not_make_others_equally_near():
+    """What float64 rounds of the distance to it is more than the difference of two others."""
+    near = torch.tensor([[0.0, 1.0], [0.0, 1 + 2**-10]])
+    huge = torch.tensor([[2.0**15, 0.0]])
+    quantizer = VectorQuantizer(6, 2)
+    quantizer.embedding.weight.data = torch.cat([near, -near, huge, -huge])
+    assert quantizer(near[None])[2].tolist() == [[0, 1]]
 
 
 def test_tiling_does_not_change_the_result(monkeypatch):
@@ -140,11 +149,11 @@ def test_tiling_does_not_change_the_result(monkeypatch):
     assert torch.equal(quantizer(z)[2], expected)
 
 
-def test_search_runs_in_fp32_under_autocast():
+def test_search_runs_in_fp32_under_autocast(device):
     torch.manual_seed(0)
-    quantizer, z = SimVQ(4096, 32), torch.randn(1, 500, 32) + 5
+    quantizer, z = SimVQ(4096, 32).to(device), torch.randn(1, 500, 32).to(device) + 5
     expected = quantizer(z)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         z_q, loss, indices = quantizer(z)
     assert torch.equal(indices, expected[2]) and torch.equal(z_q, expected[0]) and loss.dtype == torch.float32
 

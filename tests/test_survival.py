@@ -41,7 +41,7 @@ def everything_trained(folder, output_dir, checkpoint=None, seed=0, **overrides)
     if checkpoint:  # nothing may come from anywhere but the checkpoint
         for parameter in trainer.teacher.parameters():
             parameter.data.zero_()
-        torch.rand(100)
+        torch.rand(100), torch.rand(100, device=trainer.args.device)
     trainer.train(resume_from_checkpoint=checkpoint)
     return state_of(trainer)
 
@@ -69,9 +69,9 @@ def assert_equal(a, b, path=""):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_resume_is_exact_at_every_step(tmp_path, image_folder, workers):
+def test_resume_is_exact_at_every_step(tmp_path, image_folder, workers, device, same_bits):
     """In the middle of an epoch and at its end, with accumulation, random crops, noise and DiffAugment."""
-    options = {"dataloader_num_workers": workers, "discriminator_augment": True}
+    options = {"dataloader_num_workers": workers, "discriminator_augment": True, "use_cpu": device.type == "cpu"}
     whole = everything_trained(image_folder, tmp_path / "whole", **options)
     for step in (1, 2, 4, 5) if workers == 0 else (2,):  # 5: nothing is left to do
         checkpoint = str(tmp_path / "whole" / f"checkpoint-{step}")
@@ -79,15 +79,17 @@ def test_resume_is_exact_at_every_step(tmp_path, image_folder, workers):
         assert_equal(whole, resumed, f"from step {step}")
 
 
-def test_killed_in_the_middle_of_saving(tmp_path, image_folder):
+def test_killed_in_the_middle_of_saving(tmp_path, image_folder, device, same_bits):
     """SIGKILL when a checkpoint has its weights and not yet its optimizer: it is not picked up, and a run resumed from
     the one before ends as if nothing had happened."""
-    program = tmp_path / "program.py"
+    program, on_cpu = tmp_path / "program.py", device.type == "cpu"
     program.write_text(f"""
 import os, signal, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+import torch
 from transformers import Trainer
 from test_survival import everything_trained
+torch.use_deterministic_algorithms({torch.are_deterministic_algorithms_enabled()})
 save = Trainer._save_optimizer_and_scheduler
 def killed(self, output_dir):
     if self.state.global_step == 3:
@@ -95,15 +97,15 @@ def killed(self, output_dir):
         os.kill(os.getpid(), signal.SIGKILL)
     save(self, output_dir)
 Trainer._save_optimizer_and_scheduler = killed
-everything_trained({str(image_folder)!r}, "out")
+everything_trained({str(image_folder)!r}, "out", use_cpu={on_cpu})
 """)
     killed = finish([program], tmp_path)
     assert killed.returncode == -signal.SIGKILL
     assert (tmp_path / "out" / "unfinished" / "checkpoint-3" / "model.safetensors").exists()
     last = get_last_checkpoint(str(tmp_path / "out"))
     assert last.endswith("checkpoint-2")
-    resumed = everything_trained(image_folder, tmp_path / "out", last, seed=7)
-    whole = everything_trained(image_folder, tmp_path / "whole")
+    resumed = everything_trained(image_folder, tmp_path / "out", last, seed=7, use_cpu=on_cpu)
+    whole = everything_trained(image_folder, tmp_path / "whole", use_cpu=on_cpu)
     assert_equal(whole, resumed)
     assert not (tmp_path / "out" / "unfinished").exists()
 
@@ -283,10 +285,12 @@ def test_it_is_said_where_else_numbers_are_not_finite(tmp_path, image_folder, sp
     assert_equal(before, model.state_dict())
 
 
-def test_processes_skip_together_and_end_with_equal_weights(tmp_path, image_folder):
-    """2 gloo ranks with GAN, distillation, averages and accumulation; on one of them a batch is NaN. No flag for unused
-    parameters, no buffers sent."""
-    program = tmp_path / "program.py"
+def test_processes_skip_together_and_end_with_equal_weights(tmp_path, image_folder, device):
+    """2 ranks (gloo, or NCCL on two GPUs) with GAN, distillation, averages and accumulation; on one of them a batch is
+    NaN. No flag for unused parameters, no buffers sent."""
+    if device.type == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    program, use_cpu = tmp_path / "program.py", {"use_cpu": device.type == "cpu"}
     program.write_text(f"""
 import os
 import sys
@@ -297,7 +301,7 @@ from modeling_simvq import VQRAEModel
 from test_survival import EVERYTHING, make_trainer, nan_at, state_of
 torch.manual_seed(0)
 model = VQRAEModel(tiny_config(freeze_encoder=False))
-trainer = make_trainer(model, {str(image_folder)!r}, "out", **EVERYTHING | {{"save_steps": 5}})
+trainer = make_trainer(model, {str(image_folder)!r}, "out", **EVERYTHING | {{"save_steps": 5}} | {use_cpu})
 assert not trainer.args.ddp_find_unused_parameters and not trainer.args.ddp_broadcast_buffers
 rank = trainer.args.process_index
 if rank == 1:
@@ -306,7 +310,7 @@ trainer.train()
 logged = [entry.get("nonfinite_steps") for entry in trainer.state.log_history[:5]]
 assert logged == [None, 1, 1, 1, 1], logged
 torch.save({{"state": state_of(trainer), "metrics": trainer.evaluate()}}, f"{{rank}}.pt")
-trainer = make_trainer(model, {str(image_folder)!r}, "not_finite", max_nonfinite_steps=1)
+trainer = make_trainer(model, {str(image_folder)!r}, "not_finite", max_nonfinite_steps=1, **{use_cpu})
 if rank == 1:
     nan_at(trainer, {{2}})
 try:
@@ -325,11 +329,11 @@ os._exit(0)  # gloo's threads may abort a process that ends before they do
     done = finish([*TWO_PROCESSES, program], tmp_path, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("codebooks compared") == 2 and done.stdout.count("found together") == 2
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    first, second = (torch.load(tmp_path / f"{rank}.pt", "cpu", weights_only=True) for rank in range(2))
     assert_equal(first["state"], second["state"])
     # what both measured together is what one process measures
     model = VQRAEModel.from_pretrained(tmp_path / "out" / "checkpoint-5")
-    alone = make_trainer(model, image_folder, tmp_path / "alone", ema_decay=0.0).evaluate()
+    alone = make_trainer(model, image_folder, tmp_path / "alone", ema_decay=0.0, **use_cpu).evaluate()
     for name in ("psnr", "ssim", "codebook_utilization", "codebook_perplexity", "codebook_tokens"):
         assert first["metrics"][f"eval_{name}"] == pytest.approx(alone[f"eval_{name}"], rel=1e-6), name
 

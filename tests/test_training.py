@@ -35,7 +35,9 @@ from training.trainer import PRIVATE_METHODS, VQRAETrainer
 def training_arguments(output_dir, **overrides):
     defaults = {"max_steps": 2, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 3, "use_cpu": True}
     defaults |= {"lpips_weight": 0.0, "learning_rate": 1e-2, "logging_steps": 1, "disable_tqdm": True}
-    return VQRAETrainingArguments(str(output_dir), **{**defaults, "report_to": "none", **overrides})
+    arguments = VQRAETrainingArguments(str(output_dir), **{**defaults, "report_to": "none", **overrides})
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # of several GPUs the process of a test uses one
+    return arguments
 
 
 def make_trainer(model, folder, output_dir, optimizers=(None, None), **overrides):

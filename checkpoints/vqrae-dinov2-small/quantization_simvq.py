@@ -134,8 +134,7 @@ def _decide_in_float64(
     exact_z = z.to(device).double()
     best = torch.full((z.shape[0],), math.inf, dtype=torch.float64, device=device)
     indices = torch.zeros(z.shape[0], dtype=torch.int64, device=device)
-    # rounding of float64 itself: below this, two codes are equally near
-    tie = (z.shape[1] + 8) * 2.0**-53 * (exact_z.norm(dim=1) + (2 * half_norms.max()).sqrt().item()) ** 2
+    norms = exact_z.norm(dim=1)
     width = max(1, tile_scores // (2 * max(z.shape)))  # all codes of a tile may be candidates, and are copied then
     for first in range(0, codes.shape[0], width):
         tile = codes[first : first + width]
@@ -147,8 +146,11 @@ def _decide_in_float64(
         near, rows, columns = tile[columns].to(device).double(), rows.to(device), columns.to(device)
         scores = torch.addmm(near.pow(2).sum(1) / 2, exact_z[rows], near.T, alpha=-1)
         minimum = scores.amin(1)
-        lowest = torch.where(scores <= (minimum + tie[rows])[:, None], columns, codes.shape[0]).amin(1)
-        nearer = minimum < best[rows] - tie[rows]
+        # rounding of float64 itself, for codes as near as that: below this, two of them are equally near
+        longest = norms[rows] + (2 * minimum + norms[rows] ** 2).clamp_min(0).sqrt()
+        tie = (z.shape[1] + 8) * 2.0**-53 * (norms[rows] + longest) ** 2
+        lowest = torch.where(scores <= (minimum + tie)[:, None], columns, codes.shape[0]).amin(1)
+        nearer = minimum < best[rows] - tie
         rows = rows[nearer]
         best[rows], indices[rows] = minimum[nearer], lowest[nearer] + first
     return indices.to(z.device)
@@ -158,7 +160,8 @@ def _decide_in_float64(
 # loads (remote code of several checkpoints) uses the operator of the first: its name says what it computes.
 if not hasattr(torch.ops.simvq, "nearest_codes"):
 
-    @torch.library.custom_op("simvq::nearest_codes", mutates_args=())
+    # the CPU waits for numbers of tokens in doubt, which no CUDA graph can
+    @torch.library.custom_op("simvq::nearest_codes", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
     def _nearest_codes_operator(
         latents: torch.Tensor, codes: torch.Tensor, half_norms: torch.Tensor, mean: torch.Tensor
     ) -> torch.Tensor:
