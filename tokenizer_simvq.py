@@ -150,6 +150,13 @@ class ImageTokenizer(PreTrainedModel):
         return any(parameter.requires_grad for parameter in self.encoder.parameters())
 
     def train(self, mode: bool = True):
+        # a model around this one, loaded by its own `from_pretrained`, has got every parameter trainable
+        if self.config.freeze_encoder and all(parameter.requires_grad for parameter in self.encoder.parameters()):
+            logger.warning_once(
+                "The whole encoder was trainable though config.freeze_encoder is true, as in a model that was loaded "
+                "with another one around it: it is frozen again. Call unfreeze_encoder() to train it."
+            )
+            self.encoder.requires_grad_(False)
         super().train(mode)
         if not self._encoder_learns():
             self.encoder.eval()
@@ -247,6 +254,13 @@ class ImageTokenizer(PreTrainedModel):
 
     def _grid(self, pixel_values: torch.Tensor) -> tuple[int, int]:
         """Checks pixels; the grid (h, w) of their tokens."""
+        if not isinstance(pixel_values, torch.Tensor):
+            raise ValueError(
+                f"pixel_values must be a tensor, got {type(pixel_values).__name__}: use the image processor, and "
+                'model(**processor(images, return_tensors="pt")).'
+            )
+        if not len(pixel_values):
+            raise ValueError(f"pixel_values hold no images, got {tuple(pixel_values.shape)}.")
         if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
             raise ValueError(
                 f"pixel_values must be (B, {self.config.num_channels}, height, width), got {tuple(pixel_values.shape)}."
@@ -260,7 +274,7 @@ class ImageTokenizer(PreTrainedModel):
         height, width = pixel_values.shape[2:]
         if height % patch or width % patch or not pixel_values.numel():
             raise ValueError(
-                f"pixel_values are {height} x {width} px ({len(pixel_values)} images): both sides must be positive "
+                f"pixel_values are {height} x {width} px: both sides must be positive "
                 f"multiples of decoder_patch_size {patch}."
             )
         if not torch.compiler.is_compiling():
@@ -284,6 +298,10 @@ class ImageTokenizer(PreTrainedModel):
             if low >= -0.05 and high <= 1.05:
                 return
             seen += f", with areas whose mean is {low if low < -0.05 else high:.3g}"
+        if not math.isfinite(high):
+            raise ValueError(f"pixel_values must be in [0, 1], got {seen}: some are not finite.")
+        if low >= 0 and high > 100:
+            raise ValueError(f"pixel_values must be in [0, 1], got {seen}: divide them by 255.")
         raise ValueError(
             f"pixel_values must be in [0, 1], got {seen}. Pixels are normalised inside the model: use its image "
             "processor, which does not normalise, or undo the normalisation."
@@ -297,10 +315,11 @@ class ImageTokenizer(PreTrainedModel):
         raise NotImplementedError
 
     def _checked_features(self, pixel_values: torch.Tensor, **outputs: bool):
-        """`_image_features` of pixels that are checked first, without a graph where nothing in the encoder is
-        trained."""
+        """`_image_features` of pixels that are checked first, without a graph where neither the encoder nor the pixels
+        want gradients."""
         grid = self._grid(pixel_values)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._encoder_learns()):
+        wanted = pixel_values.requires_grad or self._encoder_learns()
+        with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):
             return self._image_features(pixel_values, grid, **outputs)
 
     def get_latents(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -396,10 +415,10 @@ class ImageTokenizer(PreTrainedModel):
         output_hidden_states: bool | list[int] | None = None,
         output_attentions: bool | None = None,
     ) -> VQRAEDecoderOutput:
-        """Latents to images; continuous features work too (an RAE).
+        """Latents to images. Without fused latents (`pixel_weight`), continuous features work too (an RAE).
 
         Args:
-            quantized_last_hidden_state: (B, h * w, width).
+            quantized_last_hidden_state: (B, h * w, `config.decoder_in_features`).
             grid: (h, w); not needed for a square one.
             output_hidden_states, output_attentions: also those of the decoder.
 

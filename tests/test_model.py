@@ -3,7 +3,7 @@ import pytest
 import torch
 from conftest import ENCODERS, tiny_config
 from PIL import Image
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from configuration_simvq import VQRAEConfig
 from decoding_simvq import sincos_positions
@@ -208,8 +208,11 @@ def test_positions_are_those_of_mae():
         (torch.rand(3, 32, 32), r"\(3, 32, 32\)"),
         (torch.randint(0, 256, (2, 3, 32, 32)), "int64"),
         (torch.rand(2, 3, 33, 32), "33 x 32.*8"),
-        (torch.rand(0, 3, 32, 32), "0 images"),
-        (torch.rand(2, 3, 32, 32) * 255, r"\[0, 1\]"),
+        (torch.rand(0, 3, 32, 32), "hold no images"),
+        (torch.rand(2, 3, 32, 32) * 255, r"\[0, 1\].*divide them by 255"),
+        (torch.full((2, 3, 32, 32), float("inf")), "some are not finite"),
+        (np.zeros((2, 3, 32, 32), np.float32), "must be a tensor, got ndarray: use the image processor"),
+        ({"pixel_values": torch.rand(2, 3, 32, 32)}, r"got dict: use the image processor, and model\(\*\*processor"),
         (torch.rand(2, 3, 32, 32) * 4 - 2, r"\[0, 1\], got -.* to "),
         (torch.linspace(0.35, 1, 32).expand(2, 3, 32, 32) * 2 - 1, "-0.3 to 1, with areas whose mean is -0.15"),
         ((torch.linspace(0.6, 1, 32).expand(2, 3, 32, 32) - 0.485) / 0.229, "areas whose mean is|to 2.25"),
@@ -291,6 +294,38 @@ def test_half_precision_loading_keeps_the_codebook(tiny_model, pixels, tmp_path,
     decoded = half.decode(output.image_tokens).decoded_pixel_values
     assert output.decoded_pixel_values.dtype == torch.float32
     torch.testing.assert_close(decoded, output.decoded_pixel_values, atol=1e-5, rtol=0)
+
+
+class Outer(PreTrainedModel):
+    """Somebody's model with a tokenizer inside."""
+
+    config_class = PreTrainedConfig
+
+    def __init__(self, config, vision=None):
+        super().__init__(config)
+        self.vision = VQRAEModel(VQRAEConfig.from_dict(config.vision_config))
+        self.post_init()
+
+
+def test_a_frozen_encoder_stays_frozen_inside_a_model_that_is_loaded(tmp_path):
+    """Whose own `from_pretrained` gives every parameter a gradient."""
+    outer = Outer(PreTrainedConfig(vision_config=tiny_config().to_dict()))
+    outer.save_pretrained(tmp_path)
+    loaded = Outer.from_pretrained(tmp_path).train()
+    assert not loaded.vision.encoder.training
+    assert not any(parameter.requires_grad for parameter in loaded.vision.encoder.parameters())
+    assert all(parameter.requires_grad for parameter in loaded.vision.decoder.parameters())
+    loaded.vision.unfreeze_encoder()
+    assert loaded.train().vision.encoder.training
+
+
+def test_pixels_get_gradients_through_a_frozen_encoder(tiny_model):
+    pixels = torch.rand(1, 3, 32, 32, requires_grad=True)
+    tiny_model.get_image_features(pixels).last_hidden_state.square().mean().backward()
+    assert pixels.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in tiny_model.encoder.parameters())
+    with torch.no_grad():
+        assert not tiny_model.get_image_features(pixels).last_hidden_state.requires_grad
 
 
 def test_reload_freezes_again(tiny_model, tmp_path):
