@@ -4,7 +4,8 @@ Source: SimVQ (arXiv 2411.02038, github.com/youngsheen/SimVQ).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -35,11 +36,30 @@ def float64_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type in _NO_FLOAT64 else device
 
 
+def _products(device: torch.device):
+    """PyTorch's settings of the matrix products of a device."""
+    return (torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn).matmul
+
+
+@contextmanager
+def _exact_products(device: torch.device) -> Iterator[None]:
+    """fp32 products of fp32 operands, also where the user has allowed TF32 or bf16 for them."""
+    products = _products(device)
+    allowed = products.fp32_precision
+    if allowed not in ("tf32", "bf16"):
+        yield
+        return
+    products.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        products.fp32_precision = allowed
+
+
 def _relative_error(dim: int, device: torch.device) -> float:
     """Bound on |computed - exact| / (|a| |b|) for a dot product of `dim` fp32 numbers (Higham 2002, section 3.1), with
     room for the additions around it, and for TF32 or bf16 products where the user has allowed them."""
-    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
-    operand = {"tf32": 2.0**-10, "bf16": 2.0**-8}.get(backend.matmul.fp32_precision, 0.0)
+    operand = {"tf32": 2.0**-10, "bf16": 2.0**-8}.get(_products(device).fp32_precision, 0.0)
     return 2 * operand + (dim + 8) * 2.0**-24
 
 
@@ -222,7 +242,7 @@ class StraightThrough(torch.autograd.Function):
 class InFloat32(nn.Module):
     """A module that is moved by `.half()` or `.to(torch.bfloat16)` of its model, but stays in fp32: for what decides
     tokens, since rounded codes are other codes. Parameters are made with `dtype=torch.float32`, whatever the default
-    dtype, and its products are computed without autocast."""
+    dtype, and its products are computed without autocast, TF32 and bf16."""
 
     def _apply(self, fn: Callable, recurse: bool = True):
         def kept(tensor: torch.Tensor) -> torch.Tensor:
@@ -247,7 +267,9 @@ class Projection(InFloat32):
     def forward(self, inputs: torch.Tensor, center: torch.Tensor | None = None) -> torch.Tensor:
         """`W inputs + b`, float32, (..., out_features); or, with `center` (in_features,), `W (inputs - center)` of (N,
         in_features): no copy of them is made, and no large b rounds them."""
-        with torch.autocast(device_type=inputs.device.type, enabled=False):
+        # settings are no part of a graph, in which the user's hold
+        exact = nullcontext() if torch.compiler.is_compiling() else _exact_products(inputs.device)
+        with torch.autocast(device_type=inputs.device.type, enabled=False), exact:
             if center is None:
                 return F.linear(inputs.float(), self.weight, self.bias)
             return torch.addmm(-(self.weight @ center), inputs, self.weight.T)

@@ -158,6 +158,31 @@ def test_search_runs_in_fp32_under_autocast(device):
     assert torch.equal(indices, expected[2]) and torch.equal(z_q, expected[0]) and loss.dtype == torch.float32
 
 
+class RoundsAsAllowed(TorchDispatchMode):
+    """A CPU with units for bf16, to which it rounds the operands of fp32 products where that is allowed."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        products = torch.ops.aten.mm.default, torch.ops.aten.addmm.default
+        if func in products and torch.backends.mkldnn.matmul.fp32_precision == "bf16":
+            args = [x.bfloat16().float() if x.ndim == 2 else x for x in args]
+        return func(*args, **(kwargs or {}))
+
+
+def test_codes_are_projected_in_fp32_whatever_products_may_be_rounded_to():
+    """TF32 or bf16 is a setting of the process; other codes are other tokens than those of the same model elsewhere."""
+    torch.manual_seed(0)
+    quantizer, z = SimVQ(4096, 32).eval(), torch.randn(1, 500, 32)
+    expected = quantizer(z)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with RoundsAsAllowed():
+            z_q, _, indices = copy.deepcopy(quantizer)(z)  # which has no table yet
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"  # as it was
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(indices, expected[2]) and torch.equal(z_q, expected[0])
+
+
 def test_entries_are_projected_codes():
     quantizer = SimVQ(50, 8)
     z_q, _, indices = quantizer(torch.randn(2, 9, 8))
