@@ -150,12 +150,13 @@ class ImageTokenizer(PreTrainedModel):
         return any(parameter.requires_grad for parameter in self.encoder.parameters())
 
     def train(self, mode: bool = True):
-        # a model around this one, loaded by its own `from_pretrained`, has got every parameter trainable
+        # every `from_pretrained`, also that of a model around this one, leaves all trainable, and calls eval
         if self.config.freeze_encoder and all(parameter.requires_grad for parameter in self.encoder.parameters()):
-            logger.warning_once(
-                "The whole encoder was trainable though config.freeze_encoder is true, as in a model that was loaded "
-                "with another one around it: it is frozen again. Call unfreeze_encoder() to train it."
-            )
+            if mode:
+                logger.warning_once(
+                    "The encoder was set to be trained, but config.freeze_encoder is true: it is frozen again. Call "
+                    "unfreeze_encoder() to train it."
+                )
             self.encoder.requires_grad_(False)
         super().train(mode)
         if not self._encoder_learns():

@@ -5,6 +5,7 @@ from conftest import ENCODERS, tiny_config
 from PIL import Image
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
+import tokenizer_simvq
 from configuration_simvq import VQRAEConfig
 from decoding_simvq import sincos_positions
 from image_processing_simvq import VQRAEImageProcessor
@@ -307,14 +308,19 @@ class Outer(PreTrainedModel):
         self.post_init()
 
 
-def test_a_frozen_encoder_stays_frozen_inside_a_model_that_is_loaded(tmp_path):
+def test_a_frozen_encoder_stays_frozen_inside_a_model_that_is_loaded(tmp_path, monkeypatch):
     """Whose own `from_pretrained` gives every parameter a gradient."""
+    said = []
+    monkeypatch.setattr(tokenizer_simvq.logger, "warning_once", said.append)
     outer = Outer(PreTrainedConfig(vision_config=tiny_config().to_dict()))
     outer.save_pretrained(tmp_path)
     loaded = Outer.from_pretrained(tmp_path).train()
+    assert not said
     assert not loaded.vision.encoder.training
     assert not any(parameter.requires_grad for parameter in loaded.vision.encoder.parameters())
     assert all(parameter.requires_grad for parameter in loaded.vision.decoder.parameters())
+    loaded.vision.encoder.requires_grad_(True)  # not the way to do it
+    assert not loaded.train().vision.encoder.training and "Call unfreeze_encoder()" in said[0]
     loaded.vision.unfreeze_encoder()
     assert loaded.train().vision.encoder.training
 
