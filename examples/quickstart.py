@@ -83,7 +83,7 @@ def new_images(count: int, size: torch.Size) -> torch.Tensor:
     output = f"{OUTPUT}/new_images"
     run(
         *("-m", "generation.sample"),
-        *("--model_name_or_path", GENERATOR, "--num_images", str(count), "--guidance_scale", "3", "--top_p", "0.95"),
+        *("--model_name_or_path", GENERATOR, "--num_images", str(count), "--guidance_scale", "2", "--top_p", "0.98"),
         *("--output_dir", output),
     )
     made = torch.stack([pil_to_tensor(Image.open(ROOT / output / f"{i:06d}.png")) for i in range(count)]) / 255
