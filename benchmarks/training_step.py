@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -109,14 +110,14 @@ def batches(args) -> Iterator[torch.Tensor]:
 
 
 def make_trainer(model: VQRAEModel, args) -> VQRAETrainer:
-    training.losses.PerceptualLoss = Lpips
     arguments = VQRAETrainingArguments(
         "unused", l1_weight=1.0, l2_weight=0.0, lpips_weight=1.0, gan_weight=0.75, gan_adaptive=True, ema_decay=0.0,
         use_cpu=args.device.type == "cpu", bf16=args.bf16, report_to="none", max_steps=100, learning_rate=1e-4,
         lr_scheduler_type="constant",
     )  # fmt: skip
     torch.manual_seed(2)
-    trainer = VQRAETrainer(model, arguments)
+    with mock.patch.object(training.losses, "PerceptualLoss", Lpips):
+        trainer = VQRAETrainer(model, arguments)
     trainer.accelerator.prepare_model(model)  # autocast, in the model's own forward
     trainer.create_optimizer()
     trainer.create_scheduler(100)
@@ -138,8 +139,8 @@ def ours(model: VQRAEModel, args):
 
 
 def references(model: VQRAEModel, args):
-    torchmetrics.image.lpip._NoTrainLpips = lambda net: lpips_network()
-    metric = LearnedPerceptualImagePatchSimilarity(net_type="vgg", normalize=True).requires_grad_(False)
+    with mock.patch.object(torchmetrics.image.lpip, "_NoTrainLpips", lambda net: lpips_network()):
+        metric = LearnedPerceptualImagePatchSimilarity(net_type="vgg", normalize=True).requires_grad_(False)
     metric = metric.to(args.device)
     discriminator = make_trainer(model, args).adversary.pair.discriminator
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0)
