@@ -198,7 +198,7 @@ def row(fields: dict, like: str | None, args: argparse.Namespace, data: dict, ou
         model.save_pretrained(output / "fitted")
         tokens = tokens_of(model, data["train"])
         write_whole(output / "tokens.safetensors", lambda path: save_file({"train": tokens}, path))
-        numbers["lost"] = lost(model, data["train"][:100], next(iter(data["heldout"].values())))
+        numbers["lost"] = lost(model, data["train"], next(iter(data["heldout"].values())))
         if data["probe"]:
             processor = VQRAEImageProcessor.for_image_size(model.config.image_size)
             vectors = encode_images(model, data["probe"]["images"], processor, 16)
