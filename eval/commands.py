@@ -38,10 +38,17 @@ def ends_in_one_line(*also: type[Exception], smaller: str | None = None):
             to the block around this one.
 
     Raises:
-        SystemExit: in place of such an error.
+        SystemExit: in place of such an error, and of Ctrl-C, with the shell's code for that.
     """
     try:
         yield
+    except KeyboardInterrupt as error:
+        print(
+            f"{Path(sys.argv[0]).name}: interrupted. What can be resumed goes on when the same command is given again.",
+            file=sys.stderr,
+            flush=True,
+        )
+        raise SystemExit(130) from error
     except Exception as error:
         is_raised, is_ours = _origin(error)
         said_here = is_raised and is_ours and isinstance(error, SAID)

@@ -243,7 +243,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     data = parser.add_argument_group("on which images")
     add_source_options(data, split="validation")
-    data.add_argument("--max_samples", type=whole_number(), help="Evaluate on that many images at most.")
+    data.add_argument("--max_samples", type=whole_number(), help="Evaluate on the first so many images.")
     how = parser.add_argument_group("how")
     how.add_argument(
         "--protocol", default="default", help=f"One of {', '.join(names())} (default: default), or a .json file."

@@ -11,6 +11,7 @@ from conftest import tiny_config
 from PIL import Image
 from transformers import AutoConfig, AutoModel
 
+from eval.commands import ends_in_one_line
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import VQRAEModel
 
@@ -256,3 +257,10 @@ def test_what_may_take_long_is_said_before_it_begins(command, begins, line, fold
     with pytest.raises(Begun):
         runpy.run_module(name, run_name="__main__")
     assert capsys.readouterr().out.splitlines()[-1].startswith(line)
+
+
+def test_ctrl_c_ends_in_one_line(capsys):
+    with pytest.raises(SystemExit) as end, ends_in_one_line():
+        raise KeyboardInterrupt
+    assert end.value.code == 130
+    assert "interrupted. What can be resumed goes on" in capsys.readouterr().err

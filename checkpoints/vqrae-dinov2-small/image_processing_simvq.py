@@ -52,7 +52,7 @@ def read_image(
             image.load()
             return to_rgb(image, transparency, turned_by_exif)
     except Exception as error:  # decoders raise whatever comes to pass in a damaged file
-        raise ValueError(f"Cannot read the image {name}: {error} Remove or replace it.") from error
+        raise ValueError(f"Cannot read the image {name}: {str(error).rstrip('.')}. Remove or replace it.") from error
 
 
 def to_rgb(
