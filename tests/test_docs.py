@@ -101,7 +101,9 @@ def test_the_oldest_versions_are_those_of_setup_cfg():
     required = [Requirement(line) for line in setup["options"]["install_requires"].split("\n") if line]
     lower = {r.name: next(iter(r.specifier)).version for r in required if r.specifier}
     lines = [line for line in (ROOT / ".github" / "oldest.txt").read_text().splitlines() if not line.startswith("#")]
-    assert dict(line.split("==") for line in lines) == lower
+    pinned = dict(line.split("==") for line in lines)
+    del pinned["torchao"]  # of the tests alone
+    assert pinned == lower
     assert Version(lower["transformers"]) == Version(OLDEST_TRANSFORMERS)
     workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
     assert "- run: .ci/run" in workflow and "/.github/oldest.txt" in workflow
