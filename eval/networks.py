@@ -17,7 +17,7 @@ from eval.lpips.lpips import load_lpips
 from eval.protocol import Protocol
 from eval.rfid.rfid import InceptionV3, load_inception_weights, load_statistics
 from modeling_simvq import read_pixel_statistics
-from reading.models import loading
+from reading.models import MODELS, loading
 
 
 _HINTS = {
@@ -33,11 +33,19 @@ class VisionFeatures(nn.Module):
 
     Args:
         name_or_path: hub repository or folder; of an image-text model, its vision part.
+
+    Raises:
+        ValueError: its pixel statistics are not known, or it is a tokenizer of this repository.
     """
 
     def __init__(self, name_or_path: str) -> None:
         super().__init__()
         config = AutoConfig.from_pretrained(name_or_path)
+        if config.model_type in MODELS:
+            raise ValueError(
+                f"{name_or_path} is an image tokenizer, not a vision model of transformers: name the encoder it was "
+                "made with, or a function of yours, module:function."
+            )
         config = getattr(config, "vision_config", config)
         self.network = AutoModel.from_pretrained(name_or_path, config=config, dtype=torch.float32)
         statistics, size = read_pixel_statistics(name_or_path, config.model_type)

@@ -6,11 +6,12 @@ import scipy.linalg
 import torch
 import torch_fidelity.feature_extractor_inceptionv3
 import torch_fidelity.metric_fid
-from conftest import encoder_config
+from conftest import encoder_config, tiny_config
 from transformers import AutoConfig, AutoModel, ViTImageProcessor
 
 from eval.networks import VisionFeatures, weights_hash
 from eval.rfid.rfid import InceptionV3, Moments, frechet_distance, load_statistics
+from modeling_simvq import VQRAEModel
 
 
 def features(count: int, width: int, seed: int) -> np.ndarray:
@@ -134,3 +135,10 @@ def test_features_without_an_image_processor_are_seen_as_their_family_was_traine
     )
     with pytest.raises(ValueError, match="statistics of 'convnext' are not known here: save its image processor"):
         VisionFeatures(str(tmp_path / "convnext"))
+
+
+def test_a_tokenizer_is_no_feature_encoder(tmp_path):
+    """It ended in a TypeError."""
+    VQRAEModel(tiny_config()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is an image tokenizer.*name the encoder"):
+        VisionFeatures(str(tmp_path))
