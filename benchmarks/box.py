@@ -2,8 +2,8 @@
 
     python -m benchmarks.box --data MY_IMAGES --output_dir runs/box
     python -m benchmarks.box --data MY_IMAGES --output_dir runs/box \\
-        --model_name_or_path runs/fused/weight-4/trained --others "last layer=runs/fused/last-layer-alone/trained" \\
-        --train_data runs/images/train.txt --minutes 12
+        --model_name_or_path runs/fused/weight-4--convolution/trained \\
+        --others "last layer=runs/fused/last-layer-alone/trained" --train_data runs/images/train.txt --minutes 12
 
 Each image is cropped as the tokenizer in the box needs it. Bytes of a tokenizer are its tokens times the bits that tell
 its codes apart, without entropy coding. JPEG and WebP get the highest quality whose whole file, header included, is no

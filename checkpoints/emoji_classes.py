@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from eval.commands import ends_in_one_line
 from eval.files import write_folder_whole
+from eval.options import whole_number
 
 
 PACKAGE = "unicode-data"
@@ -104,7 +105,7 @@ def arrange(images: Path, groups: dict[tuple[str, ...], str], variants: int, out
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--images", required=True, type=Path, help="The folder `images` that training_images makes.")
 parser.add_argument("--output_dir", required=True, type=Path, help="A folder that does not exist.")
-parser.add_argument("--variants", type=int, default=3, help="Copies of each that are moved and scaled (default: 3).")
+parser.add_argument("--variants", type=whole_number(0), default=3, help="Moved and scaled copies of each (default: 3).")
 parser.add_argument("--groups", type=Path, help="Unicode's emoji-test.txt (default: fetched).")
 
 

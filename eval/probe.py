@@ -208,7 +208,8 @@ def main() -> None:
     options |= {"split": args.split, "label_column": args.label_column}
     with ends_in_one_line(ValueError):  # such as a split that it does not have
         images, labels, names = labelled_images(args.data, args.classes, **options)
-    model = load_pretrained(args.model_name_or_path, {}).eval().to(args.device)
+    model = load_pretrained(args.model_name_or_path, {}).eval()
+    model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     size = args.image_size or model.config.image_size
     processor = load_processor(args.model_name_or_path, size)
     print(f"{len(images)} images of {len(names)} classes at {size} px.", flush=True)
