@@ -9,7 +9,7 @@ same training images (`initialize_codebook`). A row that is `like` an earlier on
 has another decoder, so that decoders can be compared on the same tokens. For each set of held-out images the table has
 
 - PSNR and blocking before any step, and after --minutes or --steps of training the decoder on tokens, on mean absolute
-  errors of pixels and, half as strong, of their differences;
+  and squared errors of pixels and mean absolute errors of their differences (--loss_weights);
 - lost: share of the last layer's variance that is lost between encoder and codes (1 - R2), on the first set;
 - used: share of the codes that its tokens use;
 - kNN: with --probe FOLDER_WITH_CLASSES, accuracy on the quantized latents over that on the encoder's features.
@@ -32,6 +32,7 @@ from eval.blocking.blocking import blocking_of, count_steps
 from eval.commands import ends_in_one_line
 from eval.files import write_whole
 from eval.metrics import to_uint8
+from eval.options import whole_number
 from eval.pictures import save_rows
 from eval.probe import accuracy_of_neighbours, encode_images, labelled_images
 from eval.psnr.psnr import psnr_per_image
@@ -116,23 +117,27 @@ def train(
     minutes: float,
     steps: int = 0,
     batch_size: int = 8,
+    learning_rate: float = 1e-3,
+    loss_weights: tuple[float, float, float] = (1.0, 0.5, 0.0),
 ) -> int:
-    """The decoder on tokens, or without them all that can be trained, by AdamW at 1e-3, warmed up and then falling to
-    zero over the time, or over so many steps; returns their number."""
+    """The decoder on tokens, or without them all that can be trained, by AdamW, whose rate is warmed up and then falls
+    to zero over the time, or over so many steps; returns their number. `loss_weights` are those of the options."""
+    l1_weight, gradient_weight, l2_weight = loss_weights
     model.train()
     parameters = [p for p in (model if tokens is None else model.decoder).parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, 1e-3, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=0.05)
     generator, start, done = torch.Generator().manual_seed(0), time.monotonic(), 0
     bar = tqdm(total=steps or round(60 * minutes), desc="Training", unit="step" if steps else "s")
     while (spent := done / steps if steps else (time.monotonic() - start) / (60 * minutes)) < 1:
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * min(1, (done + 1) / 50) * (1 - spent)
+            group["lr"] = learning_rate * min(1, (done + 1) / 50) * (1 - spent)
         chosen = torch.randint(len(pixels), (batch_size,), generator=generator)
         target = pixels[chosen].to(model.device)
         known = None if tokens is None else tokens[chosen].to(model.device)
         output = model(target, image_tokens=known, return_loss=False)
         made = output.decoded_pixel_values
-        loss = F.l1_loss(made, target) + 0.5 * gradient_loss(made, target)
+        loss = l1_weight * F.l1_loss(made, target) + gradient_weight * gradient_loss(made, target)
+        loss = loss + l2_weight * F.mse_loss(made, target)
         optimizer.zero_grad()
         (loss if output.embedding_loss is None else loss + output.embedding_loss).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -209,7 +214,16 @@ def row(fields: dict, like: str | None, args: argparse.Namespace, data: dict, ou
         numbers[name], fake = measure(model, pixels)
         rows[name] = [pixels[:12], fake[:12]]
     if args.minutes or args.steps:
-        numbers["steps"] = train(model, data["train"], tokens, args.minutes, args.steps)
+        numbers["steps"] = train(
+            model,
+            data["train"],
+            tokens,
+            args.minutes,
+            args.steps,
+            args.batch_size,
+            args.learning_rate,
+            args.loss_weights,
+        )
         model.save_pretrained(output / "trained")
         for name, pixels in data["heldout"].items():
             trained, fake = measure(model, pixels)
@@ -274,7 +288,17 @@ parser.add_argument("--heldout_images", type=int, default=60, help="Of each set 
 parser.add_argument("--latents_per_code", type=int, default=32, help="For k-means (default: 32).")
 length = parser.add_mutually_exclusive_group()
 length.add_argument("--minutes", type=float, default=0.0, help="Train each decoder that long (default: 0, not).")
-length.add_argument("--steps", type=int, default=0, help="Train each decoder for so many steps of 8 images.")
+length.add_argument("--steps", type=int, default=0, help="Train each decoder for so many steps.")
+parser.add_argument("--batch_size", type=whole_number(), default=8, help="Images of a step (default: 8).")
+parser.add_argument("--learning_rate", type=float, default=1e-3, help="The highest (default: 1e-3).")
+parser.add_argument(
+    "--loss_weights",
+    type=float,
+    nargs=3,
+    default=(1.0, 0.5, 0.0),
+    metavar=("L1", "GRADIENTS", "L2"),
+    help="Of mean absolute errors of pixels and of their differences, and of squared ones (default: 1 0.5 0).",
+)
 parser.add_argument("--probe", help="A folder whose sub-folders are classes, for kNN.")
 parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: a GPU).")
 parser.add_argument("--output_dir", required=True, type=Path, help="Where results go.")
