@@ -69,7 +69,7 @@ def read_pixels(path: str | None, processor: VQRAEImageProcessor) -> torch.Tenso
         image = decode_image({"path": path, "bytes": None})
     except ValueError as error:
         raise ValueError(
-            f"{Path(path).name} cannot be read: it is damaged, or no image. Upload a PNG, JPEG or WebP file."
+            f"{Path(path).name} cannot be read: it is damaged, no image, or too thin. Upload a PNG, JPEG or WebP file."
         ) from error
     if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
         raise ValueError(

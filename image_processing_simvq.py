@@ -31,6 +31,9 @@ except ImportError:
 # anybody trains on (weather maps, films, textures of games). HEIF is read where a plugin of Pillow for it is.
 FORMATS = {"AVIF", "BMP", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP"}
 
+# How many times as long as the other a side may be: of a longer one, all would be resized, and little kept by the crop.
+THINNEST = 200
+
 
 def read_image(
     source: str | bytes, name: str, transparency: str = "white", turned_by_exif: bool = True
@@ -43,7 +46,7 @@ def read_image(
         transparency, turned_by_exif: see `to_rgb`.
 
     Raises:
-        ValueError: it is not an image of one of `FORMATS`, or is damaged; named.
+        ValueError: it is not an image of one of `FORMATS`, is damaged, or too thin; named.
     """
     PIL.Image.init()
     try:
@@ -81,7 +84,8 @@ def to_rgb(
             last.
 
     Raises:
-        ValueError: no image by its shape, or values out of range (such as normalised ones).
+        ValueError: no image by its shape, values out of range (such as normalised ones), or a side more than
+            `THINNEST` times the other: 10,000 x 1 px would become 2,240,000 x 224.
     """
     if not isinstance(image, PIL.Image.Image):
         image = _array_to_pil(image, input_data_format)
@@ -90,6 +94,11 @@ def to_rgb(
             image = PIL.ImageOps.exif_transpose(image)
         except Exception:  # of many kinds: broken EXIF is no broken image
             pass
+    if max(image.size) > THINNEST * min(image.size):
+        raise ValueError(
+            f"An image of {image.width:,} x {image.height:,} px is too thin: resized for a model it would fill the "
+            f"memory. One side may be {THINNEST} times the other at most."
+        )
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):  # Pillow would clip at 255
         values, clear = _to_tensor(to_numpy_array(image)), image.info.get("transparency")
         image = PIL.Image.fromarray(_to_8_bits(values).numpy())

@@ -12,8 +12,8 @@ adds a bound: the linear map from the codes around a token to its patch that lea
 No decoder that is linear in so many codes has a smaller squared error there. --minutes adds the CNN of the SimVQ paper
 with as many codes and tokens, made narrow (32 channels, not 128) for a CPU, and trained so long on --train_images of
 --train_data; benchmarks.fused_latents trains others for as many minutes on the same images. LPIPS (VGG) needs
-torchvision's weights. Writes results.json, table.md and pictures.png: originals, then a row for each method in the
-order of the table.
+torchvision's VGG16, 528 MB, which is downloaded; without it that column is left out. Writes results.json, table.md and
+pictures.png: originals, then a row for each method in the order of the table.
 """
 
 import argparse
@@ -118,22 +118,40 @@ def trained_cnn(like: ImageTokenizer, pixels: torch.Tensor, minutes: float) -> S
 
 
 @torch.no_grad()
-def measure(images: torch.Tensor, made: torch.Tensor, patch_size: int, lpips: torch.nn.Module) -> dict[str, float]:
-    """PSNR in dB, LPIPS, and blocking on the grid of the tokenizer in the box; both (B, 3, height, width) of uint8."""
-    scores = [lpips(a[None] / 255, b[None] / 255, normalize=True).item() for a, b in zip(made, images)]
-    return {**painted(made, images, patch_size), "lpips_vgg": sum(scores) / len(scores)}
+def measure(
+    images: torch.Tensor, made: torch.Tensor, patch_size: int, lpips: torch.nn.Module | None
+) -> dict[str, float]:
+    """PSNR in dB, LPIPS where there is its network, and blocking on the grid of the tokenizer in the box; both
+    (B, 3, height, width) of uint8."""
+    result = painted(made, images, patch_size)
+    if lpips is not None:
+        scores = [lpips(a[None] / 255, b[None] / 255, normalize=True).item() for a, b in zip(made, images)]
+        result["lpips_vgg"] = sum(scores) / len(scores)
+    return result
+
+
+def load_network() -> torch.nn.Module | None:
+    """That of LPIPS (VGG), or a line that says why there is none."""
+    print("Loading the network of LPIPS (its weights are downloaded if they are not cached).", flush=True)
+    try:
+        return load_lpips("vgg")
+    except (OSError, RuntimeError) as error:
+        print(f"LPIPS is left out: {error}", flush=True)
+        return None
 
 
 def table(results: dict) -> str:
-    lines = ["| | bytes an image | PSNR | LPIPS (VGG) | blocking |", "| --- | ---: | ---: | ---: | ---: |"]
+    columns = {"bytes": ("bytes an image", ",.0f"), "psnr": ("PSNR", ".2f"), "lpips_vgg": ("LPIPS (VGG)", ".3f")}
+    columns["blocking"] = ("blocking", ".2f")
+    columns = {key: column for key, column in columns.items() if all(key in row for row in results.values())}
+    lines = ["| | " + " | ".join(title for title, _ in columns.values()) + " |"]
+    lines.append("| --- |" + " ---: |" * len(columns))
     for name, row in results.items():
-        lines.append(
-            f"| {name} | {row['bytes']:,.0f} | {row['psnr']:.2f} | {row['lpips_vgg']:.3f} | {row['blocking']:.2f} |"
-        )
-    best = {
-        key: pick(results, key=lambda name: results[name][key]) for key, pick in (("psnr", max), ("lpips_vgg", min))
-    }
-    lines.append(f"\nBest PSNR: {best['psnr']}. Best LPIPS: {best['lpips_vgg']}.")
+        lines.append(f"| {name} | " + " | ".join(format(row[key], form) for key, (_, form) in columns.items()) + " |")
+    best = f"\nBest PSNR: {max(results, key=lambda name: results[name]['psnr'])}."
+    if "lpips_vgg" in columns:
+        best += f" Best LPIPS: {min(results, key=lambda name: results[name]['lpips_vgg'])}."
+    lines.append(best)
     return "\n".join(lines) + "\n"
 
 
@@ -158,6 +176,7 @@ def main() -> None:
         raise ValueError(f"--others: '{wrong[0]}' must be NAME=FOLDER.")
     if args.minutes and not args.train_data:
         raise ValueError("--minutes needs --train_data, the images to train on.")
+    lpips = load_network()
     named = {"the tokenizer": args.model_name_or_path, **dict(other.split("=", 1) for other in args.others)}
     models = {name: load_pretrained(folder, {}).eval() for name, folder in named.items()}
     box = models["the tokenizer"]
@@ -168,7 +187,7 @@ def main() -> None:
         to_train_on = read(args.train_data, processor, args.train_images)[0]
         models["SimVQ's CNN"] = trained_cnn(box, to_train_on, args.minutes)
     images = to_uint8(pixels)
-    lpips, limit, results, rows = load_lpips("vgg"), bytes_of_tokens(box, size), {}, [images[:8] / 255]
+    limit, results, rows = bytes_of_tokens(box, size), {}, [images[:8] / 255]
     for name, model in models.items():
         made = by_tokenizer(model, images)
         results[name] = {"bytes": bytes_of_tokens(model, size), **measure(images, made, patch_size, lpips)}

@@ -11,26 +11,17 @@ k-means ours beside faiss-cpu's (needs `pip install faiss-cpu`) on a sample of t
 
 import argparse
 import json
-import time
 from pathlib import Path
 
 import torch
 
 from benchmarks.fused_latents import CONFIG, choice_of, read
+from benchmarks.measuring import now, timed
 from eval.commands import ends_in_one_line
 from eval.options import present_device, whole_number
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import VQRAEModel
 from quantization_simvq import kmeans, nearest_codes
-
-
-def seconds(work) -> tuple[float, object]:
-    """The time that a call takes, and what it returns."""
-    start = time.perf_counter()
-    result = work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, result
 
 
 def objective(samples: torch.Tensor, centroids: torch.Tensor) -> float:
@@ -84,8 +75,8 @@ def main() -> None:
 
     print("Timing the encoder, then the fit.", flush=True)
     model.get_image_features(batches[0].to(args.device))  # the first call is not like the others
-    encoder = seconds(forward)[0]
-    fit = seconds(lambda: model.initialize_codebook(batches, latents_per_code=args.latents_per_code))[0]
+    encoder = timed(forward, args.device)
+    fit = timed(lambda: model.initialize_codebook(batches, latents_per_code=args.latents_per_code), args.device)
     images = sum(map(len, batches))
     print(
         f"encoder {encoder:.1f} s, fit {fit:.1f} s of {images} images: {fit / encoder:.2f} times the encoder's forward"
@@ -105,7 +96,9 @@ def main() -> None:
         ways["faiss"] = lambda: by_faiss(latents.cpu(), codes, args.rounds).to(latents.device)
     for name, way in ways.items():
         print(f"k-means: {name}", flush=True)
-        spent, centroids = seconds(way)
+        start = now(args.device)
+        centroids = way()
+        spent = now(args.device) - start
         print(
             f"k-means, {codes:,} codes of {len(latents):,} latents x {latents.shape[1]}, {args.rounds} rounds: {name} "
             f"{spent:.1f} s, objective {objective(latents, centroids):.5f}",

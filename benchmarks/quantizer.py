@@ -34,13 +34,13 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from benchmarks.measuring import name_of, now, timed
 from eval.commands import ends_in_one_line
 from eval.files import write_whole
 from eval.options import present_device
@@ -230,14 +230,14 @@ def worker(task: dict) -> None:
         step = quantizer_step(*arguments, device)
     peak = peak_above_baseline(step, device)
     print(json.dumps({"peak": peak, "process": None if peak is None else status("VmHWM")}), flush=True)
-    start = now(task["device"])
-    step()
-    steps = math.ceil(0.2 / (now(task["device"]) - start))
-    for _ in sys.stdin:
-        start = now(task["device"])
+    steps = math.ceil(0.2 / timed(step, device))
+
+    def so_many() -> None:
         for _ in range(steps):
             step()
-        print(json.dumps({"seconds": (now(task["device"]) - start) / steps}), flush=True)
+
+    for _ in sys.stdin:
+        print(json.dumps({"seconds": timed(so_many, device) / steps}), flush=True)
 
 
 def side_by_side(tasks: dict[str, dict], repeats: int, progress) -> dict[str, dict]:
@@ -246,7 +246,7 @@ def side_by_side(tasks: dict[str, dict], repeats: int, progress) -> dict[str, di
     memory, seconds = {}, {name: [] for name in tasks}
     try:
         for name, task in tasks.items():  # one after the other: none is disturbed while it warms up
-            command = [sys.executable, "-m", "benchmarks.quantizer", "--worker", json.dumps(task)]
+            command = [sys.executable, "-m", "benchmarks.quantizer", "--worker", json.dumps(task, default=str)]
             processes[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             memory[name] = answer(name, processes[name])
         for _ in range(repeats):
@@ -272,8 +272,8 @@ def answer(name: str, process) -> dict:
 # Sections ------------------------------------------------------------------------------------------------------------
 
 
-def available_memory(device: str) -> float:
-    if device.startswith("cuda"):
+def available_memory(device: torch.device) -> float:
+    if device.type == "cuda":
         return torch.cuda.mem_get_info()[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
@@ -417,12 +417,7 @@ def tried(args) -> None:
 
     def milliseconds(step) -> float:
         step(), step()
-        seconds = []
-        for _ in range(4 * args.repeats):
-            start = now(device)
-            step()
-            seconds.append(now(device) - start)
-        return 1e3 * statistics.median(seconds)
+        return 1e3 * statistics.median(timed(step, device) for _ in range(4 * args.repeats))
 
     def tile_minimum(z, codes, half_norms):
         return torch.addmm(half_norms, z, codes.T, alpha=-1).amin(1)
@@ -465,7 +460,7 @@ def tried(args) -> None:
 
 def kernel(args) -> None:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if importlib.util.find_spec("triton") is None or not (args.device.startswith("cuda") or interpreted):
+    if importlib.util.find_spec("triton") is None or not (args.device.type == "cuda" or interpreted):
         print("kernel: not run, it needs --device cuda and Triton.")
         return
     rows, memory = args.rows or list(map(row, KERNEL_ROWS)), available_memory(args.device)
@@ -505,12 +500,6 @@ def kernel(args) -> None:
     print("Aims: at most 1.3 of the bare products (forward), 3 times as fast as the library, a tenth of its memory.")
 
 
-def now(device: str) -> float:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sections = {"table": table, "growth": growth, "model": model, "tried": tried, "kernel": kernel}
@@ -527,9 +516,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         return worker(json.loads(args.worker))
-    args.device = str(args.device)  # for the messages to workers
-    where = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
-    print(f"torch {torch.__version__}, {where}, fp32, median of {args.repeats}\n")
+    print(f"torch {torch.__version__}, {name_of(args.device)}, fp32, median of {args.repeats}\n")
     for section in args.sections:
         sections[section](args)
 

@@ -14,8 +14,10 @@ heldout/...      the same of sources of which nothing is trained on: every tenth
                  wallpapers, and the emoji without a sibling in training
 licences         the copyright file of each package
 
-and the lists `train.txt`, `heldout_photos.txt`, `heldout_objects.txt`, `heldout_emoji.txt`, and `heldout.txt` with some
-of each, to look at while training. The same command makes the same files.
+and beside `images`, in `wallpapers`, the 120 crops of the four held-out wallpapers on which every tokenizer of this
+repository was measured since the first. The lists are `train.txt`, `heldout_photos.txt`, `heldout_objects.txt`,
+`heldout_emoji.txt`, `heldout.txt` with some of each of these, to look at while training, and `heldout_wallpapers.txt`.
+The same command makes the same files.
 """
 
 import argparse
@@ -52,7 +54,13 @@ PACKAGES = {
 }
 EMOJI = "@lobehub/fluent-emoji-3d@1.1.0"
 # held out since the first checkpoint: measurements of all of them can be compared
-HELDOUT_WALLPAPERS = {"Aqua", "Dune", "Grey", "TwoWings"}
+HELDOUT_WALLPAPERS = {
+    "Aqua": "mate-backgrounds/usr/share/backgrounds/mate/nature/Aqua.jpg",
+    "Dune": "mate-backgrounds/usr/share/backgrounds/mate/nature/Dune.jpg",
+    "Grey": "plasma-workspace-wallpapers/usr/share/wallpapers/Grey/contents/images/2560x1600.jpg",
+    "TwoWings": "mate-backgrounds/usr/share/backgrounds/mate/nature/TwoWings.jpg",
+}
+WITHOUT_DETAIL = {"aqua-1024-14", "twowings-1024-00", "twowings-1024-05", "twowings-1024-18"}  # never measured on
 PHOTOGRAPHS = (
     "categorization",
     "details",
@@ -64,7 +72,7 @@ PHOTOGRAPHS = (
 )  # of GCompris
 SKIN_TONES = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"}  # variants of the same pictures, left out
 TILE, OBJECT = 320, 256
-SCALES = (352, 704, 1100)  # of a photograph's shorter side, in pixels
+SCALES, WALLPAPER_SCALES = (352, 704, 1100), (288, 576, 1024)  # of a photograph's shorter side, in pixels
 
 
 def fetch(folder: Path) -> None:
@@ -177,23 +185,42 @@ def held_out(sources: list[str]) -> set[str]:
 # Images --------------------------------------------------------------------------------------------------------------
 
 
-def cut_tiles(photo: Image.Image, source: str, folder: Path) -> list[Path]:
+def cut_tiles(
+    photo: Image.Image,
+    source: str,
+    folder: Path,
+    scales: tuple[int, ...] = SCALES,
+    tile: int = TILE,
+    step: int = 2,
+    quality: int = 90,
+) -> list[Path]:
     """Tiles of one photograph, `source-scale-number.jpg`: at each scale that does not enlarge it, all of them at the
-    first and every second at the others; a photograph that is smaller than the first scale becomes one tile."""
+    first and every `step`-th at the others; a photograph that is smaller than the first scale becomes one tile."""
     photo = VQRAEImageProcessor.convert_to_rgb(None, photo)
     written = []
-    for scale in SCALES:
+    for scale in scales:
         factor = scale / min(photo.size)
-        if factor > 1 and scale > SCALES[0]:
+        if factor > 1 and scale > scales[0]:
             break
         scaled = photo.resize([round(side * factor) for side in photo.size], Image.Resampling.LANCZOS)
-        columns, rows = (side // TILE for side in scaled.size)
-        left, top = (scaled.width - columns * TILE) // 2, (scaled.height - rows * TILE) // 2
-        corners = [(left + x * TILE, top + y * TILE) for y in range(rows) for x in range(columns)]
-        for number, (x, y) in enumerate(corners[:: 1 if scale == SCALES[0] else 2]):
+        columns, rows = (side // tile for side in scaled.size)
+        left, top = (scaled.width - columns * tile) // 2, (scaled.height - rows * tile) // 2
+        corners = [(left + x * tile, top + y * tile) for y in range(rows) for x in range(columns)]
+        for number, (x, y) in enumerate(corners[:: 1 if scale == scales[0] else step]):
             written.append(folder / f"{source}-{scale}-{number:02d}.jpg")
-            scaled.crop((x, y, x + TILE, y + TILE)).save(written[-1], quality=90)
+            scaled.crop((x, y, x + tile, y + tile)).save(written[-1], quality=quality)
     return written
+
+
+def cut_wallpapers(unpacked: Path, folder: Path) -> None:
+    """The 120 crops of the wallpapers that always were held out, 256 px each."""
+    folder.mkdir(parents=True)
+    for name, file in HELDOUT_WALLPAPERS.items():
+        with Image.open(unpacked / file) as photo:
+            tiles = cut_tiles(photo, name.lower(), folder, WALLPAPER_SCALES, tile=256, step=1, quality=92)
+        for tile in tiles:
+            if tile.stem in WITHOUT_DETAIL:
+                tile.unlink()
 
 
 def gradient(size: int, draw: random.Random) -> Image.Image:
@@ -332,13 +359,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--packages", type=Path, help="folder for the packages (default: OUTPUT_DIR/packages)")
     args = parser.parse_args(arguments)
     unpacked, images = args.packages or args.output_dir / "packages", args.output_dir / "images"
+    wallpapers = args.output_dir / "wallpapers"
     if not unpacked.exists():
         write_folder_whole(unpacked, fetch)
     if not images.exists():
         write_folder_whole(images, lambda folder: make(unpacked, folder))
+    if not wallpapers.exists():
+        write_folder_whole(wallpapers, lambda folder: cut_wallpapers(unpacked, folder))
     lists = {"train": find_images(images / "train")}
     lists |= {f"heldout_{kind}": find_images(images / "heldout" / kind) for kind in ("photos", "objects", "emoji")}
     lists["heldout"] = [file for name, files in lists.items() if name != "train" for file in files[:: len(files) // 20]]
+    lists["heldout_wallpapers"] = find_images(wallpapers)
     for name, files in lists.items():
         text = "".join(f"{file.resolve()}\n" for file in files)
         write_whole(args.output_dir / f"{name}.txt", lambda path, text=text: path.write_text(text))

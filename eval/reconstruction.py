@@ -393,11 +393,14 @@ def main() -> None:
         remove_results(output)
     evaluate(evaluation, images, reconstruct, batch_size, workers, device, progress_file, key)
     if state.is_main_process:
-        print(f"Computing the metrics of {len(evaluation.index):,} images, and drawing some.", flush=True)
+        print(f"Computing the metrics of {len(evaluation.index):,} images.", flush=True)
         metrics, not_computed, warnings = evaluation.compute()
         if args.model_name_or_path and protocol.flat_colours:
-            flat, why = measure_flat_colours(reconstruct, protocol, size, batch_size, device)
+            print("Reconstructing images of one colour, which flat_colours of the protocol asks for.", flush=True)
+            pixels_alone = ModelReconstruction(model, semantic_agreement=False)  # their scores would be thrown away
+            flat, why = measure_flat_colours(pixels_alone, protocol, size, batch_size, device)
             metrics, not_computed = metrics | flat, not_computed | why
+        print("Drawing some images, and writing the results.", flush=True)
         seconds = evaluation.seconds
         result = {
             "schema_version": 1,

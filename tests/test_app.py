@@ -181,9 +181,10 @@ def test_bad_input_is_told(app, tmp_path, tiny_model):
         broken.write_bytes(content)
         with pytest.raises(ValueError, match="broken.png cannot be read.*Upload a PNG"):
             app.read_pixels(str(broken), processor)
-    Image.new("RGB", (900, 1)).save(tmp_path / "line.png")
-    with pytest.raises(ValueError, match="line.png is 900 x 1 px: crop it"):
-        app.read_pixels(str(tmp_path / "line.png"), processor)
+    for height, message in ((10, "is 900 x 10 px: crop it"), (1, "cannot be read.*too thin")):
+        Image.new("RGB", (900, height)).save(tmp_path / "line.png")
+        with pytest.raises(ValueError, match=f"line.png {message}"):
+            app.read_pixels(str(tmp_path / "line.png"), processor)
     tokenizer, tokens = app.Tokenizer(tiny_model.eval(), processor, []), torch.zeros(4, 4, dtype=torch.int64)
     for message, call in {
         "Code 64 is outside the codebook: choose one from 0 to 63": lambda: tokenizer.fill(tokens, 64, 0, 0, 1, 1),
@@ -421,7 +422,7 @@ def test_a_bad_file_is_told(page, tmp_path, photo):
     (tmp_path / "broken.png").write_bytes(b"no image")
     with page.changes("#reconstruction"):
         page.upload(tmp_path / "broken.png")
-        page.says("broken.png cannot be read: it is damaged, or no image. Upload a PNG, JPEG or WebP file.")
+        page.says("broken.png cannot be read: it is damaged, no image, or too thin. Upload a PNG, JPEG or WebP file.")
         page.upload(photo)  # and the page goes on
 
 

@@ -1,5 +1,7 @@
 """That the benchmarks start, and what is theirs alone."""
 
+import io
+import itertools
 import json
 import os
 import re
@@ -13,7 +15,7 @@ import torch
 from conftest import tiny_config
 from test_loading import ROOT
 
-from benchmarks import evaluation, generation, tokenize, training_step
+from benchmarks import evaluation, generation, measuring, quantizer, tokenize, training_step
 from benchmarks.collapse import keep_apart
 from benchmarks.measuring import OTHERS, kind_of
 from generation.tokenizing import TokenRows
@@ -102,6 +104,21 @@ def test_operations_are_products_or_not_by_their_names():
     kinds |= {"aten::_efficient_attention_backward": "attention", "simvq::nearest_codes": "the search's kernel"}
     kinds |= {"autograd::engine::evaluate_function: MulBackward0": OTHERS[1], "Optimizer.step#AdamW.step": OTHERS[1]}
     assert {name: kind_of(name) for name in kinds} == kinds
+
+
+def test_workers_of_the_quantizer_s_benchmark_read_the_one_clock(monkeypatch, capsys):
+    ticks = itertools.count()
+
+    def clock(device: torch.device) -> float:
+        assert device.type == "cpu"
+        return next(ticks)
+
+    monkeypatch.setattr(measuring, "now", clock)
+    monkeypatch.setattr(quantizer, "peak_above_baseline", lambda step, device: None)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n\n"))
+    quantizer.worker({"method": "ours", "mode": "step", "tokens": 8, "codes": 16, "dim": 4, "device": "cpu"})
+    printed = list(map(json.loads, capsys.readouterr().out.splitlines()))
+    assert printed == [{"peak": None, "process": None}, {"seconds": 1.0}, {"seconds": 1.0}]
 
 
 def test_the_loops_of_generation_draw_codes_and_ours_those_of_the_loop_without_a_cache():

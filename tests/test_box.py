@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -79,3 +80,21 @@ def test_rows_are_measured_on_the_same_images_and_drawn(image_folder, tmp_path, 
     with pytest.raises(SystemExit):
         box.main()
     assert "'nameless' must be NAME=FOLDER" in capsys.readouterr().err
+
+
+def test_without_weights_lpips_is_left_out_and_a_line_names_the_file(image_folder, tmp_path, monkeypatch, capsys):
+    torch.manual_seed(0)
+    VQRAEModel(tiny_config()).save_pretrained(tmp_path / "box")
+
+    def refuse(*_, **__):
+        raise URLError("no network")
+
+    monkeypatch.setattr("eval.lpips.lpips.LearnedPerceptualImagePatchSimilarity", refuse)
+    flags = ["--model_name_or_path", tmp_path / "box", "--data", image_folder, "--max_images", "2"]
+    monkeypatch.setattr(sys, "argv", ["box.py", *map(str, flags), "--output_dir", str(tmp_path / "out")])
+    box.main()
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    assert "https://download.pytorch.org/models/vgg16-397923af.pth into " in line and "alexnet" not in line
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert table.startswith("| | bytes an image | PSNR | blocking |\n| --- | ---: | ---: | ---: |\n")
+    assert "LPIPS" not in table and table.count("\n| JPEG | ") == 1

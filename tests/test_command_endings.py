@@ -241,6 +241,8 @@ class Begun(Exception):
         ),
         (f"{MODEL} model", "reading.models.load_any", "Loading the tokenizer model"),
         (f"{MODEL} model", "eval.evaluation.Evaluation.compute", "Computing the metrics of 12 images"),
+        (f"{MODEL} model", "eval.flat_colours.measure_flat_colours", "Reconstructing images of one colour"),
+        (f"{MODEL} model", "eval.results.write_results", "Drawing some images, and writing the results"),
         (TOKENIZE, "reading.models.AutoModel.from_pretrained", "Loading the tokenizer model"),
         (TOKENIZE, "generation.source.source_hash", "Looking whether the 12 images of images are"),
         (TOKENIZE, "generation.card.draw_rows", "Reading the shards again, and decoding 16 rows"),

@@ -245,6 +245,17 @@ def test_images_whose_latents_are_not_finite_are_left_out(tiny_model, pixels, mo
         reconstruct(pixels[..., :17])
 
 
+def test_nothing_but_pixels_is_computed_of_the_flat_colours(command, tmp_path, image_folder, saved_model, monkeypatch):
+    """They are 125 images, more than many evaluations have: their semantic agreement would be thrown away."""
+    features, seen = VQRAEModel.get_image_features, []
+    monkeypatch.setattr(VQRAEModel, "get_image_features", lambda *args: seen.append(len(args[1])) or features(*args))
+    command(
+        "--model_name_or_path", "model", "--data", image_folder, "--network_metrics", "--output_dir", "out"
+    )  # fmt: skip
+    assert seen[0] == 12 and sum(seen) < 12 + 125
+    assert "semantic_agreement" in json.loads((tmp_path / "out" / "results.json").read_text())["metrics"]
+
+
 def test_a_model_that_is_not_finite_on_some_images_is_measured_on_the_others(
     command, tmp_path, image_folder, saved_model
 ):

@@ -152,6 +152,8 @@ def test_without_rescale_floats_in_0_1_stay_and_all_else_is_levels(processor, pi
         (np.full((SIDE, SIDE, 3), 1e6), "1e.06"),
         (np.zeros((SIDE, SIDE, 5)), "channel dimension"),
         (np.zeros((0, SIDE, 3)), "must be"),
+        (np.zeros((3, 1, 201), np.uint8), "201 x 1 px is too thin"),
+        (Image.new("RGB", (10, 10_000)), "10 x 10,000 px is too thin"),
         ("nowhere/photo.jpg", "nowhere/photo.jpg"),
         ("http://127.0.0.1:9/photo.jpg", "Cannot fetch.*127.0.0.1"),
         (base64.b64encode(b"no image").decode(), "Cannot read"),
@@ -160,6 +162,17 @@ def test_without_rescale_floats_in_0_1_stay_and_all_else_is_levels(processor, pi
 def test_what_is_no_image_is_refused_by_name(processor, image, message):
     with pytest.raises(ValueError, match=message):
         processor(image)
+
+
+def test_a_file_too_thin_to_be_resized_is_named_and_a_panorama_is_no_such(processor, tmp_path):
+    """Resized to 224 px, 10,000 x 1 px would be 1.5 GB, of which the crop keeps a ten-thousandth."""
+    Image.new("L", (10_000, 1)).save(tmp_path / "line.png")
+    with pytest.raises(ValueError, match=r"line\.png: An image of 10,000 x 1 px is too thin.*Remove or replace it"):
+        decode_image({"path": str(tmp_path / "line.png"), "bytes": None})
+    strip = np.zeros((3, 1, 200), np.uint8)
+    strip[..., 100:] = 255
+    middle = pixels(processor, strip)[0, :, SIDE // 2]  # around the edge, one pixel of the strip as wide as the crop
+    assert (np.diff(middle) >= 0).all() and (middle[:, 0] < 0.5).all() and (middle[:, -1] > 0.5).all()
 
 
 @pytest.fixture

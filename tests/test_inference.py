@@ -13,6 +13,7 @@ from conftest import tiny_config
 from datasets import Dataset
 from PIL import Image
 from test_loading import run
+from test_simvq_gan import small_model
 from transformers import Trainer, TrainingArguments, pipeline
 
 from image_processing_simvq import VQRAEImageProcessor
@@ -88,6 +89,20 @@ def test_pipeline_gives_the_continuous_features(saved):
     pixels = VQRAEImageProcessor.for_image_size(32)(image, return_tensors="pt").pixel_values
     expected = VQRAEModel.from_pretrained(saved).get_image_features(pixels).last_hidden_state
     torch.testing.assert_close(features, expected)
+
+
+@pytest.mark.parametrize("build", [lambda: VQRAEModel(tiny_config()), small_model], ids=["VQRAE", "SimVQ"])
+def test_a_pipeline_of_features_alone_takes_batches(build):
+    """As docs/downstream.md tells: of the whole output it could not divide the losses among images."""
+    torch.manual_seed(0)
+    model, processor = build().eval(), VQRAEImageProcessor.for_image_size(32)
+    images = [Image.effect_noise((32, 32), 20 * i + 20).convert("RGB") for i in range(5)]
+    extract = pipeline("image-feature-extraction", model=model, image_processor=processor, batch_size=4)
+    with pytest.raises(IndexError, match="invalid index of a 0-dim tensor"):
+        extract(images)
+    model.forward = model.get_image_features
+    expected = model.get_image_features(processor(images, return_tensors="pt").pixel_values).last_hidden_state
+    torch.testing.assert_close(torch.tensor(extract(images))[:, 0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_loss_comes_first_in_training_and_last_in_eval_mode(tiny_model, pixels):

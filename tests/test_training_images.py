@@ -52,3 +52,17 @@ def test_cut_outs_lie_on_a_background_and_synthetic_images_are_of_four_kinds():
 
 def test_script_explains_itself(tmp_path):
     assert "heldout_photos.txt" in run(["-m", "checkpoints.training_images", "--help"], tmp_path)
+
+
+def test_the_120_crops_of_wallpapers_are_cut_as_they_always_were(tmp_path):
+    """Of every wallpaper all tiles at three scales, but for four tiles; the first of them is its middle."""
+    for file in training_images.HELDOUT_WALLPAPERS.values():
+        (tmp_path / "packages" / file).parent.mkdir(parents=True, exist_ok=True)
+        Image.linear_gradient("L").resize((1680, 1050)).save(tmp_path / "packages" / file)
+    training_images.cut_wallpapers(tmp_path / "packages", tmp_path / "wallpapers")
+    names = sorted(path.stem for path in (tmp_path / "wallpapers").iterdir())
+    assert len(names) == 120 and not training_images.WITHOUT_DETAIL & set(names)
+    assert [sum(name.startswith(f"grey-{scale}-") for name in names) for scale in (288, 576, 1024)] == [1, 6, 24]
+    with Image.open(tmp_path / "wallpapers" / "grey-288-00.jpg") as crop:
+        rows = np.asarray(crop.convert("L")).mean(1)
+    assert len(rows) == 256 and abs(rows[0] - 16 / 288 * 255) < 2 and abs(rows[-1] - 272 / 288 * 255) < 2

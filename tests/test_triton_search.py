@@ -214,7 +214,7 @@ def test_the_benchmark_says_whether_the_kernel_is_worth_its_code(seconds, verdic
 
     monkeypatch.setattr(quantizer, "side_by_side", timed)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    quantizer.kernel(argparse.Namespace(device="cpu", rows=[(8, 64, 8), (8, 128, 8)], repeats=1))
+    quantizer.kernel(argparse.Namespace(device=torch.device("cpu"), rows=[(8, 64, 8), (8, 128, 8)], repeats=1))
     said = capsys.readouterr().out
     assert verdict in said and f"kernel bf16x3: {1 / seconds:.2f} to 2.00 times as fast" in said
     assert "| 8 x 128 x 8 | forward, eval | kernel bf16x3 | 0.5000 | 0.67 | 6.0 | 30 | 1.0 |" in said

@@ -38,6 +38,9 @@ _CITATION = """
 """
 
 
+_FILES = {"alex": "alexnet-owt-7be5be79.pth", "vgg": "vgg16-397923af.pth"}  # of torchvision
+
+
 def load_lpips(net_type: str) -> torch.nn.Module:
     """The network alone: called on two (B, 3, H, W) batches in [-1, 1] (or in [0, 1] with `normalize=True`), it gives
     (B, 1, 1, 1) distances.
@@ -50,7 +53,7 @@ def load_lpips(net_type: str) -> torch.nn.Module:
     except OSError as error:  # URLError is one
         raise OSError(
             f"torchvision's weights for LPIPS ({net_type}) cannot be downloaded ({error}): put "
-            f"alexnet-owt-7be5be79.pth or vgg16-397923af.pth into {torch.hub.get_dir()}/checkpoints."
+            f"https://download.pytorch.org/models/{_FILES[net_type]} into {torch.hub.get_dir()}/checkpoints."
         ) from error
 
 
