@@ -53,6 +53,7 @@ from training.options import (
     rules_of_training,
 )
 from training.report import write_report
+from training.resuming import finished, refuse_another_run
 from training.trainer import VQRAETrainer
 
 
@@ -311,6 +312,13 @@ def main() -> None:
             f"Warning: the encoder of {model_args.model_name_or_path} is trained, and nothing ties it to what it was: "
             "its codes and features can be lost in a few steps. --stage 1 freezes it, --stage 2 adds distillation."
         )
+    output_dir, resume_from = training_args.output_dir, training_args.resume_from_checkpoint
+    if not (resume_from and Path(resume_from).is_dir()):  # else that is asked for, whatever is in the folder
+        on_main_process(lambda: refuse_another_run(output_dir, model.config, given))
+        if said := on_main_process(lambda: finished(output_dir, training_args)):
+            if training_args.process_index == 0:
+                print(said)
+            return PartialState().destroy_process_group()
     size = model.config.image_size
     processor = load_processor(model_args.model_name_or_path, size, hub)
     skipped_list = Path(training_args.output_dir) / "skipped_images.txt"
@@ -349,7 +357,6 @@ def main() -> None:
             print(f"Going on with another option than before, {line}.")
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(_internal_call=True)  # else it pushes, before there is anything to say in the card
-    trainer.save_state()
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
     metrics = trainer.evaluate()
@@ -367,6 +374,7 @@ def main() -> None:
         print(f"Curves and pictures: {report}")
         if count := transform.count_skipped():
             print(f"{count} images could not be read: {skipped_list}")
+    trainer.save_state()
     PartialState().destroy_process_group()  # threads of the backend may abort a process that ends before they do
 
 
