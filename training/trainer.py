@@ -19,7 +19,7 @@ from training.adversary import Adversary
 from training.arguments import VQRAETrainingArguments
 from training.card import Provenance
 from training.checkpoints import SaveModelingCode
-from training.data import TrainTransform
+from training.data import TrainTransform, readable_rows
 from training.ema import EMA
 from training.losses import ReconstructionLoss, WithGradient, adaptive_weight
 from training.monitoring import MonitoringTrainer
@@ -246,6 +246,8 @@ class VQRAETrainer(MonitoringTrainer):
     # Starting and resuming -------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        if self.args.token_passes:  # each of its images has tokens: there can be no other in its place
+            self.train_dataset = readable_rows(self.train_dataset, self.train_transform)
         config = self.accelerator.unwrap_model(self.model).config
         checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
         if checkpoint:
