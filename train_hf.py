@@ -11,6 +11,8 @@ Options may also stand in one JSON or YAML file, and flags behind it override wh
 recipes. The options of transformers' TrainingArguments work: --bf16, --gradient_accumulation_steps, --report_to
 tensorboard, --resume_from_checkpoint, --push_to_hub, ...; `accelerate launch train_hf.py ...` for several processes
 (DDP, or FSDP with --config_file configs/accelerate_fsdp.yaml before the script; DeepSpeed is refused).
+
+In the log, eval_loss lacks the terms of a GAN and of distillation that loss has: eval_psnr and eval_ssim tell progress.
 """
 
 import sys
@@ -355,6 +357,8 @@ def main() -> None:
         others = write_recipe(provenance, training_args.output_dir)
         for line in others if checkpoint else []:
             print(f"Going on with another option than before, {line}.")
+    if trainer.is_world_process_zero() and (said := trainer.loss_beside_eval_loss()):
+        print(said)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(_internal_call=True)  # else it pushes, before there is anything to say in the card
     trainer.log_metrics("train", result.metrics)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import encoder_config
 from generators import TINY, run_training, write_tokens
+from test_training import make_trainer
 
 import train_hf
 from eval.commands import ends_in_one_line
@@ -143,3 +144,12 @@ def test_a_folder_with_another_generator_is_named(flags, different, tmp_path, to
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert different in error and f"{tmp_path / 'out'} holds" in error and "another --output_dir" in error
     assert contents(tmp_path / "out") == before
+
+
+# What a run says -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options, said", [({}, None), ({"gan_weight": 0.1}, "eval_loss lacks gan, which loss has")])
+def test_losses_that_cannot_be_compared_are_told(tmp_path, image_folder, tiny_model, options, said):
+    told = make_trainer(tiny_model, image_folder, tmp_path / "out", **options).loss_beside_eval_loss()
+    assert told is None if said is None else said in told

@@ -272,6 +272,14 @@ class VQRAETrainer(MonitoringTrainer):
             )
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
+    def loss_beside_eval_loss(self) -> str | None:
+        """What is to be said where `loss` and `eval_loss` of the log are not of the same terms; `None`: they are."""
+        terms = [name for name, part in (("gan", self.adversary), ("distillation", self.teacher)) if part]
+        lacks = f"eval_loss lacks {' and '.join(terms)}, which loss has" if terms else ""
+        if self.args.token_passes:
+            lacks += f"{', and ' if lacks else ''}eval_loss has vq, which loss lacks"
+        return f"In the log, {lacks}: compare neither with the other; eval_psnr tells progress." if lacks else None
+
     def _check_codebook(self) -> None:
         """Every process must have the same codebook: it is frozen, so nothing would ever make them agree. With FSDP
         the same weights: each process keeps its part of its own.
