@@ -1,6 +1,7 @@
 """A command that is given again, and an --output_dir that already holds a run of some kind."""
 
 import json
+import shlex
 import sys
 
 import pytest
@@ -10,6 +11,7 @@ from generators import TINY, run_training, write_tokens
 from test_training import make_trainer
 
 import train_hf
+from eval import reconstruction
 from eval.commands import ends_in_one_line
 from modeling_simvq import VQRAEModel
 
@@ -147,6 +149,27 @@ def test_a_folder_with_another_generator_is_named(flags, different, tmp_path, to
 
 
 # What a run says -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_that_measures_a_run_is_said_and_runs(tmp_path, image_folder, monkeypatch, capsys):
+    train(monkeypatch, tmp_path, "--max_steps", "1")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("python -m eval")]
+    _, _, module, *flags = shlex.split(line)
+    assert module == "eval.reconstruction"
+    monkeypatch.setattr(sys, "argv", ["reconstruction.py", *flags, "--network_metrics"])
+    reconstruction.main()
+    result = json.loads((tmp_path / "out" / "evaluation" / "results.json").read_text())
+    assert result["num_images"] == len((tmp_path / "out" / "heldout_images.txt").read_text().split())
+
+
+def test_data_that_was_named_for_evaluation_is_in_the_command(tmp_path, image_folder):
+    held_out = tmp_path / "my others"
+    image_folder.rename(held_out)
+    args = train_hf.DataArguments(train_data="org/images", eval_data=str(held_out))
+    assert f"--data '{held_out}' --output_dir" in train_hf.evaluation_command(args, "out")
+    args = train_hf.DataArguments(train_data="org/images", dataset_config_name="full", eval_split="test")
+    expected = "--data org/images --split test --dataset_config_name full --output_dir out/evaluation"
+    assert expected in train_hf.evaluation_command(args, "out")
 
 
 @pytest.mark.parametrize("options, said", [({}, None), ({"gan_weight": 0.1}, "eval_loss lacks gan, which loss has")])
