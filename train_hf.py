@@ -11,8 +11,11 @@ Options may also stand in one JSON or YAML file, and flags behind it override wh
 recipes. The options of transformers' TrainingArguments work: --bf16, --gradient_accumulation_steps, --report_to
 tensorboard, --resume_from_checkpoint, --push_to_hub, ...; `accelerate launch train_hf.py ...` for several processes
 (DDP, or FSDP with --config_file configs/accelerate_fsdp.yaml before the script; DeepSpeed is refused).
+
+In the log, eval_loss lacks the terms of a GAN and of distillation that loss has: eval_psnr and eval_ssim tell progress.
 """
 
+import shlex
 import sys
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -53,7 +56,11 @@ from training.options import (
     rules_of_training,
 )
 from training.report import write_report
+from training.resuming import finished, refuse_another_run
 from training.trainer import VQRAETrainer
+
+
+HELD_OUT = "heldout_images.txt"  # in --output_dir, paths of the images of --train_data that were held out
 
 
 @dataclass
@@ -230,6 +237,29 @@ def load_model(args: ModelArguments, hub: dict) -> ImageTokenizer:
     return model
 
 
+def evaluation_command(args: DataArguments, output_dir: str) -> str | None:
+    """The command that measures a finished run on what was held out; `None`: on rows that no option names."""
+    source, flags = args.eval_source, []
+    if args.eval_data or source.has_splits:
+        data = args.eval_data or args.train_data
+        if source.has_splits:
+            flags = ["--split", args.eval_split]
+        for name in ("dataset_config_name", "image_column"):
+            if getattr(args, name) and not source.images:
+                flags += [f"--{name}", getattr(args, name)]
+    elif source.images:
+        data = Path(output_dir) / HELD_OUT
+    else:
+        return None
+    flags = ["--model_name_or_path", output_dir, "--data", str(data), *flags]
+    return shlex.join(["python", "-m", "eval.reconstruction", *flags, "--output_dir", f"{output_dir}/evaluation"])
+
+
+def say_how_to_evaluate(args: DataArguments, output_dir: str) -> None:
+    if command := evaluation_command(args, output_dir):
+        print(f"To measure it on images that were held out:\n{command}")
+
+
 def load_data(args: DataArguments, training_args: VQRAETrainingArguments, skipped_list: Path, token: str | None = None):
     """Training and held-out datasets with a column `image`. A held-out part of files is listed in a file; unreadable
     held-out images are left out, and listed in another."""
@@ -244,7 +274,7 @@ def load_data(args: DataArguments, training_args: VQRAETrainingArguments, skippe
     elif source.images:
         train_files, eval_files = split_files(source.images, args.holdout, args.group_separator)
         train = load_images(replace(source, images=train_files))
-        listing = Path(training_args.output_dir) / "heldout_images.txt"
+        listing = Path(training_args.output_dir) / HELD_OUT
     else:
         if args.streaming:
             raise ValueError(f"--streaming needs --eval_data: no part of {source.name} can be held out of a stream.")
@@ -311,6 +341,14 @@ def main() -> None:
             f"Warning: the encoder of {model_args.model_name_or_path} is trained, and nothing ties it to what it was: "
             "its codes and features can be lost in a few steps. --stage 1 freezes it, --stage 2 adds distillation."
         )
+    output_dir, resume_from = training_args.output_dir, training_args.resume_from_checkpoint
+    if not (resume_from and Path(resume_from).is_dir()):  # else that is asked for, whatever is in the folder
+        on_main_process(lambda: refuse_another_run(output_dir, model.config, given))
+        if said := on_main_process(lambda: finished(output_dir, training_args)):
+            if training_args.process_index == 0:
+                print(said)
+                say_how_to_evaluate(data_args, output_dir)
+            return PartialState().destroy_process_group()
     size = model.config.image_size
     processor = load_processor(model_args.model_name_or_path, size, hub)
     skipped_list = Path(training_args.output_dir) / "skipped_images.txt"
@@ -347,9 +385,10 @@ def main() -> None:
         others = write_recipe(provenance, training_args.output_dir)
         for line in others if checkpoint else []:
             print(f"Going on with another option than before, {line}.")
+    if trainer.is_world_process_zero() and (said := trainer.loss_beside_eval_loss()):
+        print(said)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(_internal_call=True)  # else it pushes, before there is anything to say in the card
-    trainer.save_state()
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
     metrics = trainer.evaluate()
@@ -367,6 +406,8 @@ def main() -> None:
         print(f"Curves and pictures: {report}")
         if count := transform.count_skipped():
             print(f"{count} images could not be read: {skipped_list}")
+        say_how_to_evaluate(data_args, training_args.output_dir)
+    trainer.save_state()
     PartialState().destroy_process_group()  # threads of the backend may abort a process that ends before they do
 
 

@@ -13,7 +13,7 @@ repository, and vocabulary.json beside it says which id is what.
 Options may also stand in one JSON or YAML file, and flags behind it override what it says. The options of transformers'
 TrainingArguments work: --bf16, --gradient_accumulation_steps, --eval_strategy, --resume_from_checkpoint, ...;
 `accelerate launch -m generation.train ...` for several processes. A run that was interrupted goes on from its last
-checkpoint when the same command is given again.
+checkpoint when the same command is given again; one that is finished says so, and stays as it is.
 """
 
 import json
@@ -24,7 +24,6 @@ from pathlib import Path
 from accelerate import PartialState
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from eval.commands import ends_in_one_line
 from eval.files import write_whole
@@ -38,6 +37,7 @@ from reading.models import check_fields
 from training.arguments import parse_model_config
 from training.hub import find_checkpoint, on_main_process
 from training.options import BATCH_SIZES, Without, is_secret, parse, refuse_without_effect, rules_of_trainer
+from training.resuming import finished, refuse_another_run
 
 
 # of LlamaGen (autoregressive/models/gpt.py), whose SwiGLU is 8/3 of the width, up to a multiple of 256
@@ -208,6 +208,17 @@ def check_eval_data(rows, provenance: Provenance, vocabulary: Vocabulary, whose:
             raise ValueError(f"eval_data: the classes of {whose} are {names}, expected {vocabulary.class_names}.")
 
 
+def other_words(output: Path, vocabulary: Vocabulary) -> list[str]:
+    """What differs in the vocabulary of the run that a folder holds, but for where its tokenizer is."""
+    there = vars(Vocabulary.load(output)) if (output / FILE).is_file() else vars(vocabulary)
+    now = {name: value for name, value in vars(vocabulary).items() if name not in ("model_name_or_path", "revision")}
+    return [
+        f"{name}: {str(there[name])[:60]} there, {str(value)[:60]} now"
+        for name, value in now.items()
+        if there[name] != value
+    ]
+
+
 def picture_conditions(held_out: ImageSequences, count: int) -> list:
     """Classes, evenly spaced, or the texts of held-out images."""
     vocabulary = held_out.vocabulary
@@ -275,16 +286,16 @@ def main() -> None:
         rows, train_keys, vocabulary, encode_text, model_args.condition_dropout, seed=training_args.seed
     )
     held_out = ImageSequences(eval_rows, eval_keys, vocabulary, encode_text)
-    if training_args.resume_from_checkpoint is None and (output / FILE).is_file() and get_last_checkpoint(str(output)):
-        if Vocabulary.load(output) != vocabulary:
-            raise ValueError(
-                f"{output} has checkpoints of a generator with another vocabulary (compare its {FILE}): choose "
-                "another --output_dir."
-            )
     if main_process:
         print("Making the generator, and counting codes.", flush=True)
     with ends_in_one_line(ValueError):
         model = make_model(model_args, vocabulary)
+    if not (training_args.resume_from_checkpoint and Path(training_args.resume_from_checkpoint).is_dir()):
+        on_main_process(lambda: refuse_another_run(output, model.config, others=other_words(output, vocabulary)))
+        if said := on_main_process(lambda: finished(output, training_args)):
+            if main_process:
+                print(said)
+            return PartialState().destroy_process_group()
     frequencies = on_main_process(lambda: frequency_models(train, held_out))
     if main_process:
         told = "texts" if vocabulary.condition == "text" else f"{vocabulary.num_conditions} classes"
@@ -327,12 +338,12 @@ def main() -> None:
     )
     result = trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(_internal_call=True)
-    trainer.save_state()
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
     metrics = trainer.evaluate()
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
+    trainer.save_state()
     if main_process:
         print(f"Generator ({'averaged' if trainer.ema else 'trained'} weights) and {FILE}: {output}")
     PartialState().destroy_process_group()

@@ -79,7 +79,7 @@ run_training(pytest.MonkeyPatch(), *sys.argv[1:])
     assert load_generator(str(tmp_path / "whole" / "checkpoint-5"))[1] == Vocabulary.load(tmp_path / "whole")
     with pytest.raises(SystemExit):  # tokens of other meaning, or another condition
         run_training(monkeypatch, *options, "--condition", "none", "--output_dir", tmp_path / "whole")
-    assert "checkpoints of a generator with another vocabulary" in capsys.readouterr().err
+    assert "holds another run (condition: class there, none now" in capsys.readouterr().err
 
 
 def test_two_processes_train_what_one_does(folder, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Stage 1 on tokens that are computed once."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,13 +106,36 @@ def test_a_second_call_and_an_evaluation_of_training_images_work(tmp_path, image
     assert trainer.evaluate(trainer.train_dataset)["eval_psnr"] > 0
 
 
-def test_an_image_that_cannot_be_read_is_named_before_training(tmp_path, image_folder):
-    (image_folder / "b-9.png").write_bytes(b"no image")
+@pytest.mark.parametrize("listed", [True, False])
+def test_images_that_cannot_be_read_are_all_found_before_training(tmp_path, image_folder, capsys, listed):
+    """With a list they are left out, as other runs replace them; without one they are an error."""
+    for name in ("a-9.png", "b-9.png"):
+        (image_folder / name).write_bytes(b"no image")
     trainer = make_trainer(stage1(), image_folder, tmp_path / "out", token_passes=1)
-    trainer.train_transform.skipped_list = tmp_path / "skipped_images.txt"  # where other runs list it and go on
-    trainer.initialize_codebook()
-    with pytest.raises(ValueError, match="b-9.png"):
+    if not listed:
+        trainer.initialize_codebook = None  # nothing that takes long comes first
+        with pytest.raises(ValueError, match="2 of the 14 training images cannot be read, such as .*a-9.png.*b-9.png"):
+            trainer.train()
+        return
+    trainer.train_transform.skipped_list = tmp_path / "skipped_images.txt"
+    trainer.train()
+    names = [line.split("\t")[0] for line in (tmp_path / "skipped_images.txt").read_text().splitlines()]
+    assert [Path(name).name for name in names] == ["a-9.png", "b-9.png"] and len(trainer.train_dataset) == 12
+    said = capsys.readouterr()
+    assert "2 of the 14 training images cannot be read" in said.out and "Checking training images" in said.err
+    item = trainer.train_dataset[:12]
+    expected = trainer.model.eval().get_image_tokens(torch.stack(item["pixel_values"]))
+    assert torch.equal(torch.stack(item["image_tokens"]), expected)
+
+
+def test_too_many_images_that_cannot_be_read_end_the_run(tmp_path, image_folder):
+    for number in range(11):
+        (image_folder / f"e-{number}.png").write_bytes(b"no image")
+    trainer = make_trainer(stage1(), image_folder, tmp_path / "out", token_passes=1)
+    trainer.train_transform.skipped_list = tmp_path / "skipped_images.txt"
+    with pytest.raises(ValueError, match="11 of the 23 training images"):
         trainer.train()
+    assert len((tmp_path / "skipped_images.txt").read_text().splitlines()) == 11
 
 
 @pytest.mark.parametrize(

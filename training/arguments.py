@@ -119,7 +119,7 @@ class VQRAETrainingArguments(CommonTrainingArguments):
         metadata={
             "help": "Stage 1 without a learnable projection: crop and tokenize every training image so many times "
             "before training (kept in output_dir/tokens), and train the decoder alone, on these. Epoch e has the crops "
-            "of pass e modulo token_passes. An image that cannot be read is an error. 0: off, encoder and quantizer "
+            "of pass e modulo token_passes. Unreadable images are listed and left out. 0: off, encoder and quantizer "
             "run in every step."
         },
     )

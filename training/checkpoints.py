@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -19,6 +19,8 @@ from transformers.trainer import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, rotate_checkpoints
 
+from eval.commands import memory_ran_out
+from eval.files import write_whole
 from training.adversary import Adversary
 from training.ema import EMA, load_raw
 from training.hub import checked_state
@@ -28,6 +30,24 @@ from training.sharding import load_whole, rename_sharded
 RAW_WEIGHTS = "raw_weights.safetensors"  # beside model.safetensors, which holds the averages
 TEACHER_WEIGHTS = "teacher_encoder.safetensors"
 UNFINISHED = "unfinished"  # checkpoints are written in there, and moved when they are whole
+
+
+@contextmanager
+def _fitting(checkpoint: str | None):
+    """Around what loads a state: that it is of another kind of run becomes an error in one line.
+
+    Raises:
+        ValueError: in place of what torch raises where names, shapes or groups do not fit.
+    """
+    try:
+        yield
+    except (KeyError, ValueError, RuntimeError) as error:
+        if memory_ran_out(error):
+            raise
+        raise ValueError(
+            f"{checkpoint} is of another kind of run, its state does not fit this model or optimizer "
+            f"({' '.join(str(error).split())[:200]}): give the options of that run, or choose another --output_dir."
+        ) from error
 
 
 class SaveModelingCode(TrainerCallback):
@@ -145,8 +165,15 @@ class CheckpointingTrainer(Trainer):
         if self.teacher:
             save_file(self.teacher.encoder.state_dict(), os.path.join(output_dir, TEACHER_WEIGHTS))
 
+    def save_state(self):
+        """Trainer's, whole; the commands call it last, and it says that a run is finished (`resuming.finished`)."""
+        if self.is_world_process_zero():
+            path = Path(self.args.output_dir) / TRAINER_STATE_NAME
+            write_whole(path, lambda file: self.state.save_to_json(str(file)))
+
     def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with _fitting(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
         if self.adversary:
@@ -161,7 +188,8 @@ class CheckpointingTrainer(Trainer):
         """Trainer copies tensors by their names in the file. Some names are only mapped to the modules' by
         `from_pretrained` (DINOv2's attention, for one), and its encoder would silently not be resumed."""
         model = self.accelerator.unwrap_model(self.model if model is None else model)
-        load_whole(model, type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype).state_dict())
+        with _fitting(resume_from_checkpoint):
+            load_whole(model, type(model).from_pretrained(resume_from_checkpoint, dtype=model.dtype).state_dict())
         if self.ema:
             self.ema.start()
         raw = os.path.join(resume_from_checkpoint, RAW_WEIGHTS)

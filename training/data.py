@@ -109,21 +109,27 @@ class SkippedImages:
 def readable_images(files: list[Path], skipped_list: str | Path) -> list[Path]:
     """The files that can be decoded; the others are listed with the reason in `skipped_list`. Evaluation must not meet
     an unreadable image, nor silently another one in its place."""
+    reasons = _unreadable([{"path": str(file), "bytes": None} for file in files], "held-out")
+    listing = SkippedImages(skipped_list)
+    for number, reason in reasons.items():
+        listing.add(str(files[number]), reason)
+    return [file for number, file in enumerate(files) if number not in reasons]
 
-    def reason(file: Path) -> str | None:
+
+def _unreadable(records, what: str) -> dict[int, str]:
+    """Which of the records cannot be decoded, by number, with the reason."""
+
+    def reason(number: int) -> str | None:
         try:
-            decode_image({"path": str(file), "bytes": None})
+            decode_image(records[number])
         except ValueError as error:
             return str(error)
         return None
 
     with ThreadPoolExecutor() as pool:
-        reasons = list(tqdm(pool.map(reason, files), total=len(files), desc="Checking held-out images", unit="image"))
-    listing = SkippedImages(skipped_list)
-    for file, text in zip(files, reasons):
-        if text:
-            listing.add(str(file), text)
-    return [file for file, text in zip(files, reasons) if not text]
+        found = pool.map(reason, range(len(records)))
+        reasons = list(tqdm(found, total=len(records), desc=f"Checking {what} images", unit="image"))
+    return {number: text for number, text in enumerate(reasons) if text}
 
 
 class TooManyUnreadable(ValueError):
@@ -266,6 +272,32 @@ class TrainTransform:
         if self.tokens is not None:
             items["image_tokens"] = list(self.tokens[self.epoch, batch["row"]].long())
         return items
+
+
+def readable_rows(dataset: datasets.Dataset, transform: TrainTransform) -> datasets.Dataset:
+    """The rows of a dataset, `with_pixels` of a transform, whose images can be decoded. All others are listed at once,
+    where the transform lists such images, and their number is limited as in training.
+
+    Raises:
+        TooManyUnreadable: there are more; or some, and the transform has no list.
+    """
+    records = dataset.with_format(None)["image"]
+    reasons = _unreadable(records, "training")
+    if not reasons:
+        return dataset
+    names = [shown_path(records[number]) or f"image {number}" for number in reasons]
+    examples, allowed = f"such as {', '.join(names[:3])}", 0
+    if transform.skipped_list is not None:
+        listing = SkippedImages(transform.skipped_list)
+        for name, reason in zip(names, reasons.values()):
+            listing.add(name, reason)
+        examples += f" (all, with reasons: {transform.skipped_list})"
+        allowed = transform.HANDFUL + transform.max_unreadable_share * len(records)
+    said = f"{len(reasons)} of the {len(records)} training images cannot be read, {examples}"
+    if len(reasons) > allowed or len(reasons) == len(records):
+        raise TooManyUnreadable(f"{said}: remove or replace them, or allow more by --max_unreadable_share.")
+    print(f"{said}: they are left out.", flush=True)
+    return dataset.select([number for number in range(len(records)) if number not in reasons])
 
 
 class EvalTransform:

@@ -37,7 +37,7 @@ def tokenize_crops(
 
     Args:
         model: its encoder, projection and quantizer must not change afterwards.
-        dataset: with a column `image`, see `open_source`. Here an image that cannot be read is an error.
+        dataset: with a column `image`, see `open_source`; all can be read (`readable_rows`).
         transform: of the dataset; is told where the tokens are.
         passes: number of crops of each image.
         folder: where the tokens are kept, two or four bytes each.
@@ -56,8 +56,9 @@ def tokenize_crops(
     dtype = torch.int16 if model.config.codebook_size <= 2**15 else torch.int32
 
     transform.strict = True  # no other image in the place of one: the tokens would be of this one
-    if "row" not in plain.column_names:
-        plain = plain.add_column("row", list(range(len(plain))))
+    if "row" in plain.column_names:  # of an earlier call, with other images perhaps
+        plain = plain.remove_columns("row")
+    plain = plain.add_column("row", list(range(len(plain))))
     rows = plain.with_transform(transform)
     generator = torch.Generator()  # the seed of workers is drawn from it, not from that of training
     loader = DataLoader(rows, batch_size, collate_fn=collate, num_workers=num_workers, generator=generator)

@@ -19,7 +19,7 @@ from training.adversary import Adversary
 from training.arguments import VQRAETrainingArguments
 from training.card import Provenance
 from training.checkpoints import SaveModelingCode
-from training.data import TrainTransform
+from training.data import TrainTransform, readable_rows
 from training.ema import EMA
 from training.losses import ReconstructionLoss, WithGradient, adaptive_weight
 from training.monitoring import MonitoringTrainer
@@ -246,6 +246,8 @@ class VQRAETrainer(MonitoringTrainer):
     # Starting and resuming -------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        if self.args.token_passes:  # each of its images has tokens: there can be no other in its place
+            self.train_dataset = readable_rows(self.train_dataset, self.train_transform)
         config = self.accelerator.unwrap_model(self.model).config
         checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
         if checkpoint:
@@ -269,6 +271,14 @@ class VQRAETrainer(MonitoringTrainer):
                 self.args.dataloader_num_workers,
             )
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def loss_beside_eval_loss(self) -> str | None:
+        """What is to be said where `loss` and `eval_loss` of the log are not of the same terms; `None`: they are."""
+        terms = [name for name, part in (("gan", self.adversary), ("distillation", self.teacher)) if part]
+        lacks = f"eval_loss lacks {' and '.join(terms)}, which loss has" if terms else ""
+        if self.args.token_passes:
+            lacks += f"{', and ' if lacks else ''}eval_loss has vq, which loss lacks"
+        return f"In the log, {lacks}: compare neither with the other; eval_psnr tells progress." if lacks else None
 
     def _check_codebook(self) -> None:
         """Every process must have the same codebook: it is frozen, so nothing would ever make them agree. With FSDP
