@@ -12,7 +12,6 @@ what training measured is said to be of the weights before: `eval/reconstruction
 new file.
 """
 
-import argparse
 import math
 import shutil
 from pathlib import Path
@@ -25,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers.dynamic_module_utils import custom_object_save
 
-from eval.commands import ends_in_one_line
+from eval.commands import CommandParser, ends_in_one_line
 from eval.files import write_folder_whole
 from eval.psnr.psnr import psnr_per_image
 from modeling_simvq import ImageTokenizer
@@ -121,7 +120,7 @@ def compare(source: ImageTokenizer, rounded: ImageTokenizer, data: str, max_imag
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--model_name_or_path", required=True, type=Path, help="Folder of a trained tokenizer.")
     parser.add_argument("--data", help="Images to compare on (64 at most), see docs/data.md.")
     parser.add_argument("--output_dir", required=True, type=Path, help="A new folder.")

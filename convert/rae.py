@@ -24,7 +24,6 @@ Every weight of the source must find its place: what is missing, left over or of
 written. Files are not unpickled (`weights_only`).
 """
 
-import argparse
 import math
 import pickle
 from collections.abc import Iterator
@@ -41,7 +40,7 @@ from transformers import AutoConfig
 
 from configuration_simvq import VQRAEConfig
 from decoding_simvq import sincos_positions
-from eval.commands import ends_in_one_line
+from eval.commands import CommandParser, ends_in_one_line
 from eval.files import read_fields, write_folder_whole
 from eval.options import present_device
 from image_processing_simvq import VQRAEImageProcessor
@@ -518,7 +517,7 @@ def save(model: VQRAEModel, source: str, output: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     sources = parser.add_mutually_exclusive_group(required=True)
     sources.add_argument("--diffusers", help="AutoencoderRAE of diffusers: a folder or a hub repository.")
     sources.add_argument("--rae_config", help="Stage 1 configuration of RAE, a .yaml file inside a clone of it.")

@@ -7,11 +7,10 @@ Prints a Markdown table, one column a run, with the difference to the first. Run
 images, are not compared: their numbers mean different things.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-from eval.commands import ends_in_one_line
+from eval.commands import CommandParser, ends_in_one_line
 from eval.files import read_fields
 from eval.results import title
 
@@ -80,7 +79,7 @@ def _versions(result: dict) -> set[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument(
         "results", nargs="+", type=Path, help="results.json files of eval/reconstruction.py, or their folders."
     )

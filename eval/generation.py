@@ -30,7 +30,7 @@ import torch
 from torch_fidelity.metric_isc import isc_features_to_metric
 from tqdm import tqdm
 
-from eval.commands import ends_in_one_line
+from eval.commands import CommandParser, ends_in_one_line
 from eval.crops import CroppedImages, different_sizes
 from eval.evaluation import Networks, few_images
 from eval.files import read_fields
@@ -273,7 +273,7 @@ def memorised(
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     what = parser.add_argument_group("which images")
     what.add_argument("--samples", type=Path, required=True, help="The folder of the generated images.")
     what.add_argument(

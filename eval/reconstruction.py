@@ -32,7 +32,7 @@ from tqdm import tqdm
 from transformers import set_seed
 
 from eval.batches import load_batches
-from eval.commands import ends_in_one_line
+from eval.commands import CommandParser, ends_in_one_line
 from eval.crops import CroppedImages
 from eval.evaluation import Evaluation
 from eval.files import write_whole
@@ -228,7 +228,7 @@ def evaluate(
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     what = parser.add_argument_group("what is evaluated: one of")
     what.add_argument("--model_name_or_path", help="A tokenizer: folder or hub repository.")
     what.add_argument(

@@ -7,7 +7,6 @@ The file (`mu`, `sigma`) is what pytorch-fid reads and writes as well, and what 
 --reference_statistics` takes. Images are cropped as the protocol says.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from eval.batches import load_batches
-from eval.commands import ends_in_one_line
+from eval.commands import CommandParser, ends_in_one_line
 from eval.crops import CroppedImages
 from eval.files import write_whole
 from eval.networks import load_networks
@@ -26,7 +25,7 @@ from reading.sources import load_images
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     add_source_options(parser, split="validation", required=True)
     parser.add_argument("--protocol", default="default", help=f"One of {', '.join(names())}, or a .json file.")
     parser.add_argument("--image_size", type=whole_number(), help="Side of the crops, where the protocol does not say.")

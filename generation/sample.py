@@ -13,7 +13,6 @@ generation.sample ...`). Writes one PNG for each image (000000.png, ...), grid.p
 which says what made them. The same command again goes on where it was interrupted: images that are there stay.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from eval.commands import ends_in_one_line
+from eval.commands import CommandParser, ends_in_one_line
 from eval.files import read_fields, write_whole
 from eval.networks import weights_hash
 from eval.options import present_device, whole_number
@@ -48,7 +47,7 @@ IN_GRID, COLUMNS = 64, 8
 SAMPLES = "samples.json"
 
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = CommandParser(__doc__)
 group = parser.add_argument_group("what makes the images")
 group.add_argument("--model_name_or_path", required=True, help="A generator: folder or hub repository.")
 group.add_argument("--revision", help="Branch, tag or commit of a hub repository.")

@@ -30,7 +30,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from huggingface_hub import CommitOperationAdd, HfApi
 from tqdm import tqdm
 
-from eval.commands import ends_in_one_line
+from eval.commands import CommandParser, ends_in_one_line
 from eval.files import write_whole
 from eval.options import add_source_options, present_device, whole_number
 from eval.results import library_versions
@@ -49,7 +49,7 @@ VIEWS_IN_A_LOAD = 16  # that a worker hands over: many wait in shared memory
 MAY_DIFFER = {"model_name_or_path", "revision", "source", "share_changed_by_dtype"}
 MAY_DIFFER |= {"num_images", "num_unreadable", "num_rows"}
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = CommandParser(__doc__)
 what = parser.add_argument_group("tokenizer and images")
 what.add_argument("--model_name_or_path", required=True, help="A tokenizer: a folder, or a repository of the hub.")
 what.add_argument("--model_revision", help="Branch, tag or commit of a tokenizer of the hub.")

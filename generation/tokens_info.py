@@ -9,7 +9,6 @@ grid. Prints counts, codes in use, perplexity (2 to the entropy of the codes), b
 With --decode, rows from all over the dataset are decoded and drawn; the tokenizer must be the one that made them.
 """
 
-import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
-from eval.commands import ends_in_one_line
+from eval.commands import CommandParser, ends_in_one_line
 from eval.options import present_device, whole_number
 from generation.card import PICTURE, draw_rows, spread_rows
 from generation.provenance import RUN, Provenance, check_tokenizer
@@ -28,7 +27,7 @@ from generation.tokenizing import token_dtype
 from reading.models import load_any
 
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = CommandParser(__doc__)
 parser.add_argument("folder", type=Path, help="What python -m generation.tokenize_images wrote.")
 drawing = parser.add_argument_group("a picture")
 drawing.add_argument("--decode", type=whole_number(), metavar="ROWS", help="Decode and draw so many rows.")

@@ -35,6 +35,7 @@ from generation.sampling import load_painter
 from generation.trainer import GeneratorTrainer, GeneratorTrainingArguments
 from generation.vocabulary import FILE, Vocabulary
 from reading.models import check_fields
+from reading.wording import did_you_mean
 from training.arguments import parse_model_config
 from training.hub import find_checkpoint, on_main_process
 from training.options import BATCH_SIZES, Without, is_secret, parse, refuse_without_effect, rules_of_trainer
@@ -89,10 +90,12 @@ class GeneratorArguments:
 
     def __post_init__(self):
         if self.model_size not in SIZES:
-            raise ValueError(f"model_size must be one of {', '.join(SIZES)}, got '{self.model_size}'.")
+            meant = did_you_mean(self.model_size, SIZES) or "."
+            raise ValueError(f"model_size must be one of {', '.join(SIZES)}, got '{self.model_size}'{meant}")
         self.model_config = parse_model_config(self.model_config)
         if self.condition not in ("auto", "class", "text", "none"):
-            raise ValueError(f"condition must be auto, class, text or none, got '{self.condition}'.")
+            meant = did_you_mean(self.condition, ("auto", "class", "text", "none")) or "."
+            raise ValueError(f"condition must be auto, class, text or none, got '{self.condition}'{meant}")
         if not 0 <= self.condition_dropout < 1:
             raise ValueError(f"condition_dropout must be in [0, 1), got {self.condition_dropout}.")
         if self.max_text_tokens < 1:
