@@ -32,6 +32,7 @@ from quantization_simvq import SimVQ
 from reading.images import decode_image
 from reading.models import load_pretrained, load_processor
 from reading.sources import load_images
+from reading.wording import counted
 
 
 COPIED = ("training_recipe.json", "training_report.html")
@@ -114,8 +115,8 @@ def compare(source: ImageTokenizer, rounded: ImageTokenizer, data: str, max_imag
         scores.append([psnr_per_image(o.decoded_pixel_values.clamp(0, 1), pixels) for o in (ours, theirs)])
     before, after = torch.tensor(scores).mean(0)
     return (
-        f"{len(images)} images: {torch.stack(same).mean():.3%} of the tokens are the same; PSNR {before:.4f} dB "
-        f"before, {after:.4f} dB after rounding."
+        f"{counted(len(images), 'image')}: {torch.stack(same).mean():.3%} of the tokens are the same; PSNR "
+        f"{before:.4f} dB before, {after:.4f} dB after rounding."
     )
 
 

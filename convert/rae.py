@@ -48,6 +48,7 @@ from modeling_simvq import VQRAEModel, read_pixel_statistics
 from reading.images import decode_image
 from reading.models import loading
 from reading.sources import load_images
+from reading.wording import counted
 from training.card import WIDGET, usage
 
 
@@ -200,7 +201,10 @@ def read_diffusers(name_or_path: str) -> Source:
     )
     left_over = [name for name in weights if not name.startswith(("encoder.", "decoder."))]
     if left_over:
-        raise ValueError(f"{folder / file} has {len(left_over)} weights that are not a RAE's: {left_over[:5]}.")
+        raise ValueError(
+            f"{folder / file} has {counted(len(left_over), 'weight that is', 'weights that are')} not a RAE's: "
+            f"{left_over[:5]}."
+        )
     grid = rae["encoder_input_size"] // patch
     if POSITIONS not in decoder and grid != 16:
         raise ValueError(
@@ -337,8 +341,11 @@ def load_encoder(model: VQRAEModel, encoder: str | dict[str, torch.Tensor]) -> N
 
 def raise_unless_complete(where: str, missing: set[str], unexplained: set[str]) -> None:
     problems = [
-        f"{len(names)} weights {what}: {', '.join(sorted(names)[:5])}{', ...' if len(names) > 5 else ''}"
-        for what, names in (("are missing", missing), ("have no place", unexplained))
+        f"{counted(len(names), one, many)}: {', '.join(sorted(names)[:5])}{', ...' if len(names) > 5 else ''}"
+        for one, many, names in (
+            ("weight is missing", "weights are missing", missing),
+            ("weight has no place", "weights have no place", unexplained),
+        )
         if names
     ]
     if problems:
@@ -430,7 +437,10 @@ def fit_codebook(model: VQRAEModel, data: str, device: str) -> None:
     images = load_images(data)
     needed = math.ceil(32 * model.config.codebook_size / model.config.grid_size**2)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:needed].tolist()
-    print(f"Fitting {model.config.codebook_size:,} codes to {len(order):,} of {len(images):,} images.", flush=True)
+    print(
+        f"Fitting {model.config.codebook_size:,} codes to {len(order):,} of {counted(len(images), 'image')}.",
+        flush=True,
+    )
     processor = VQRAEImageProcessor.for_image_size(model.config.image_size)
     model.to(device).initialize_codebook(image_batches(images.select(order), processor))
     model.cpu()

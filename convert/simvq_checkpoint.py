@@ -32,6 +32,7 @@ from eval.commands import CommandParser, ends_in_one_line
 from eval.files import read_fields, sha256_of_files, write_folder_whole
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq_gan import SimVQGANModel
+from reading.wording import counted
 from training.card import WIDGET, usage
 
 
@@ -188,7 +189,9 @@ def take_weights(state_dict: dict[str, torch.Tensor], model: SimVQGANModel, ema:
         if weights[own].shape != tensor.shape
     ]
     if wrong:
-        raise ValueError(f"{len(wrong)} weights have another shape than --config says: {some(wrong, 5)}.")
+        raise ValueError(
+            f"{counted(len(wrong), 'weight has', 'weights have')} another shape than --config says: {some(wrong, 5)}."
+        )
     for prefix, what in LEFT_BEHIND.items():
         if count := sum(key.startswith(prefix) for key in state_dict):
             print(f"  left behind: {count:3} of {prefix}* ({what})")

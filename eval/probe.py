@@ -37,7 +37,7 @@ from image_processing_simvq import VQRAEImageProcessor
 from reading.images import decode_image
 from reading.models import load_pretrained, load_processor
 from reading.sources import open_source
-from reading.wording import did_you_mean
+from reading.wording import counted, did_you_mean
 
 
 NEIGHBOURS, FOLDS, RESAMPLES = 5, 5, 1000
@@ -76,7 +76,9 @@ def labelled_images(
         raise ValueError(f"{data} has a single class, {names[0]}: a probe needs two at least.")
     counts = Counter(labels)
     if few := [name for name in names if counts[name] < FOLDS]:
-        raise ValueError(f"Class '{few[0]}' of {data} has {counts[few[0]]} images: {FOLDS} of each are needed.")
+        raise ValueError(
+            f"Class '{few[0]}' of {data} has {counted(counts[few[0]], 'image')}: {FOLDS} of each are needed."
+        )
     numbers = {name: number for number, name in enumerate(names)}
     rows = sorted((row for row, label in enumerate(labels) if label in numbers), key=lambda row: numbers[labels[row]])
     return dataset.select(rows).select_columns("image"), np.array([numbers[labels[row]] for row in rows]), names

@@ -55,6 +55,7 @@ from reading.files import dataset_of_files, match_images
 from reading.images import shown_path
 from reading.models import exact_float32, load_any
 from reading.sources import find_source, load_images
+from reading.wording import counted
 
 
 class ModelReconstruction:
@@ -181,7 +182,7 @@ def evaluate(
     if progress and progress["key"] == key:
         done = progress["done"]
         evaluation.load_state_dict(progress["evaluation"], device)
-        print(f"Going on after {len(evaluation.index)} images ({progress_file}).", flush=True)
+        print(f"Going on after {counted(len(evaluation.index), 'image')} ({progress_file}).", flush=True)
     elif progress:
         print(f"{progress_file} is of another evaluation: starting anew.", flush=True)
     loader = load_batches(images, [batches[i] for i in own[done:]], num_workers)
@@ -393,7 +394,7 @@ def main() -> None:
         remove_results(output)
     evaluate(evaluation, images, reconstruct, batch_size, workers, device, progress_file, key)
     if state.is_main_process:
-        print(f"Computing the metrics of {len(evaluation.index):,} images, and drawing some.", flush=True)
+        print(f"Computing the metrics of {counted(len(evaluation.index), 'image')}, and drawing some.", flush=True)
         metrics, not_computed, warnings = evaluation.compute()
         if args.model_name_or_path and protocol.flat_colours:
             flat, why = measure_flat_colours(reconstruct, protocol, size, batch_size, device)

@@ -22,6 +22,7 @@ from eval.options import add_source_options, present_device, whole_number
 from eval.protocol import Protocol, names
 from eval.rfid.rfid import Moments
 from reading.sources import load_images
+from reading.wording import counted
 
 
 def main() -> None:
@@ -64,7 +65,7 @@ def main() -> None:
                 originals = batch["original"].to(device)
                 moments.update(network(originals / 255 if protocol.inception == "pytorch-fid" else originals))
     if moments.count < 2:
-        raise ValueError(f"{args.data} gave {int(moments.count)} images, which have no covariance: pass two or more.")
+        raise ValueError(f"{args.data} gave {counted(int(moments.count), 'image')}: no covariance: pass two or more.")
     mean, covariance = (tensor.cpu().numpy() for tensor in moments.compute())
 
     def save(path: Path) -> None:
@@ -72,7 +73,7 @@ def main() -> None:
             np.savez(file, mu=mean, sigma=covariance)
 
     write_whole(args.output_file, save)
-    print(f"{args.output_file}: statistics of {int(moments.count)} images.")
+    print(f"{args.output_file}: statistics of {counted(int(moments.count), 'image')}.")
 
 
 if __name__ == "__main__":

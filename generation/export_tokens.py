@@ -26,6 +26,7 @@ from eval.commands import CommandParser, ends_in_one_line
 from eval.files import write_folder_whole, write_whole
 from generation.provenance import Provenance
 from generation.shards import shard_path
+from reading.wording import counted
 
 
 parser = CommandParser(__doc__)
@@ -103,7 +104,7 @@ def main() -> None:
         export_llamagen(args.folder, provenance, args.output_dir, args.name or "imagenet")
         if provenance.rows_of_image > 1 and "flip" not in str(args.output_dir):
             print('LlamaGen draws one of several views only where "flip" is in the path: rename the folder.')
-    print(f"{provenance.num_rows:,} rows: {args.output_dir}")
+    print(f"{counted(provenance.num_rows, 'row')}: {args.output_dir}")
 
 
 if __name__ == "__main__":

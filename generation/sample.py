@@ -39,6 +39,7 @@ from generation.sampling import (
 )
 from generation.vocabulary import Vocabulary
 from image_processing_simvq import VQRAEImageProcessor, read_image
+from reading.wording import counted
 from training.hub import on_main_process
 
 
@@ -181,7 +182,7 @@ def main() -> None:
     missing = [i for i in range(args.num_images) if not (args.output_dir / f"{i:06d}.png").exists()]
     state.wait_for_everyone()  # all have looked before one writes
     if len(missing) < args.num_images and state.is_main_process:
-        print(f"{args.num_images - len(missing)} images are there already.")
+        print(f"{counted(args.num_images - len(missing), 'image is', 'images are')} there already.")
     own = missing[state.process_index :: state.num_processes]
     with tqdm(total=len(own), unit="image", desc="Images", disable=not state.is_local_main_process) as bar:
         for start in range(0, len(own), args.batch_size):
@@ -206,7 +207,7 @@ def main() -> None:
         files = [args.output_dir / f"{i:06d}.png" for i in range(min(args.num_images, IN_GRID))]
         pixels = torch.stack([pil_to_tensor(Image.open(file)) for file in files])
         save_rows([pixels / 255], args.output_dir / "grid.png", min(COLUMNS, len(files)))
-        print(f"{args.num_images} images, grid.png and {SAMPLES}: {args.output_dir}")
+        print(f"{counted(args.num_images, 'image')}, grid.png and {SAMPLES}: {args.output_dir}")
     state.destroy_process_group()
 
 

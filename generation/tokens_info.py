@@ -25,6 +25,7 @@ from generation.provenance import RUN, Provenance, check_tokenizer
 from generation.shards import shard_info, shard_path
 from generation.tokenizing import token_dtype
 from reading.models import load_any
+from reading.wording import counted
 
 
 parser = CommandParser(__doc__)
@@ -85,8 +86,8 @@ def read_shards(folder: Path, provenance: Provenance) -> Contents:
         readable = info["num_images"] - len(info["unreadable"])
         if info["num_rows"] != readable * provenance.rows_of_image:
             raise ValueError(
-                f"{shard} has {info['num_rows']} rows, expected {provenance.rows_of_image} for each of {readable} "
-                "images: remove it, and give the command that wrote it again."
+                f"{shard} has {counted(info['num_rows'], 'row')}, expected {provenance.rows_of_image} for each of "
+                f"{counted(readable, 'image')}: remove it, and give the command that wrote it again."
             )
         num_images, num_rows = num_images + info["num_images"], num_rows + info["num_rows"]
         _look_at_rows(shard, provenance, found)
@@ -123,12 +124,12 @@ def report(folder: Path, provenance: Provenance, found: Contents) -> str:
     """The lines that are printed."""
     tokens, used = int(found.counts.sum()), int((found.counts > 0).sum())
     grids = sorted(found.grids.items(), key=lambda grid: -grid[1])
-    shown = ", ".join(f"{height} x {width} ({count:,} rows)" for (height, width), count in grids[:3])
+    shown = ", ".join(f"{height} x {width} ({counted(count, 'row')})" for (height, width), count in grids[:3])
     lines = [
         f"tokenizer    {provenance.model_name_or_path}, {provenance.tokenizer_hash}",
         f"images       {provenance.num_images:,}, {provenance.num_unreadable:,} of them unreadable",
-        f"rows         {provenance.num_rows:,} in {len(found.shards):,} shards",
-        f"grids        {shown}" + (f", and {len(grids) - 3} others" if len(grids) > 3 else ""),
+        f"rows         {provenance.num_rows:,} in {counted(len(found.shards), 'shard')}",
+        f"grids        {shown}" + (f", and {counted(len(grids) - 3, 'other')}" if len(grids) > 3 else ""),
         f"tokens       {tokens:,}",
         f"codes used   {used:,} of {provenance.codebook_size:,} ({used / provenance.codebook_size:.1%})",
         f"perplexity   {found.perplexity:,.1f}",
