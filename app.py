@@ -10,7 +10,6 @@ where there is a generator.
 nothing from elsewhere.
 """
 
-import argparse
 import functools
 import os
 from pathlib import Path
@@ -24,7 +23,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 import gradio as gr
 
 from eval.codebook_usage.codebook_usage import codebook_statistics, count_codes
-from eval.commands import ends_in_one_line
+from eval.commands import CommandParser, ends_in_one_line
 from eval.metrics import to_uint8
 from eval.psnr.psnr import psnr_per_image
 from eval.results import code_chart
@@ -412,7 +411,7 @@ def build(tokenizer: Tokenizer, name: str, generator: Generator | None = None) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--model", help=f"A tokenizer: folder or hub repository (default: {DEFAULT_MODEL.name}).")
     parser.add_argument(
         "--generator",

@@ -33,6 +33,7 @@ from modeling_simvq import ImageTokenizer, VQRAEModel
 from reading.files import dataset_of_files
 from reading.models import cannot_be_loaded, check_fields, load_pretrained, load_processor
 from reading.sources import Source, find_source, load_images
+from reading.wording import counted
 from training.arguments import VQRAETrainingArguments, parse_model_config
 from training.card import Provenance, write_recipe
 from training.data import (
@@ -281,7 +282,9 @@ def load_data(args: DataArguments, training_args: VQRAETrainingArguments, skippe
         rows, eval_files = load_images(source, args.train_split, **options), []
         train, held_out = (rows.select(part) for part in split_rows(len(rows), args.holdout))
         if training_args.process_index == 0:
-            print(f"{len(train)} rows of {source.name} to train on, {len(held_out)} held out, evenly spread.")
+            print(
+                f"{counted(len(train), 'row')} of {source.name} to train on, {len(held_out)} held out, evenly spread."
+            )
     if held_out is not None:
         if args.max_eval_samples:
             held_out = held_out.select(sample_indices(len(held_out), args.max_eval_samples, seed=0))
@@ -298,7 +301,7 @@ def load_data(args: DataArguments, training_args: VQRAETrainingArguments, skippe
         listed = [file for file in eval_files if file not in unreadable]  # also what is held out and not evaluated
     if listing and training_args.process_index == 0:
         write_whole(listing, lambda path: path.write_text("".join(f"{file.resolve()}\n" for file in listed)))
-        print(f"{len(train_files)} images to train on, {len(listed)} held out ({listing}).")
+        print(f"{counted(len(train_files), 'image')} to train on, {len(listed)} held out ({listing}).")
     streams = isinstance(train, IterableDataset)
     if streams:
         train = train.shuffle(seed=training_args.seed, buffer_size=args.shuffle_buffer)
@@ -405,7 +408,7 @@ def main() -> None:
         print(f"Model ({weights} weights) and image processor: {training_args.output_dir}")
         print(f"Curves and pictures: {report}")
         if count := transform.count_skipped():
-            print(f"{count} images could not be read: {skipped_list}")
+            print(f"{counted(count, 'image')} could not be read: {skipped_list}")
         say_how_to_evaluate(data_args, training_args.output_dir)
     trainer.save_state()
     PartialState().destroy_process_group()  # threads of the backend may abort a process that ends before they do

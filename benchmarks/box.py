@@ -16,7 +16,6 @@ torchvision's VGG16, 528 MB, which is downloaded; without it that column is left
 pictures.png: originals, then a row for each method in the order of the table.
 """
 
-import argparse
 import io
 import json
 import math
@@ -31,7 +30,7 @@ from tqdm import tqdm
 
 from benchmarks.fused_latents import painted, read, train
 from configuration_simvq_gan import SimVQGANConfig
-from eval.commands import ends_in_one_line
+from eval.commands import CommandParser, ends_in_one_line
 from eval.files import write_whole
 from eval.lpips.lpips import load_lpips
 from eval.metrics import to_uint8
@@ -155,7 +154,7 @@ def table(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = CommandParser(__doc__)
 parser.add_argument("--model_name_or_path", default=str(BOX), help="The tokenizer (default: the one in the box).")
 parser.add_argument("--others", nargs="*", default=[], help="NAME=FOLDER of tokenizers to compare with.")
 parser.add_argument("--data", required=True, help="Images: a folder, or a .txt file that lists them.")

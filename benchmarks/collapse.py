@@ -25,7 +25,6 @@ of the quantizer divided by the variance of the features. PSNR and LPIPS (AlexNe
 held-out images.
 """
 
-import argparse
 import json
 import math
 import time
@@ -40,7 +39,7 @@ from vector_quantize_pytorch.vector_quantize_pytorch import rotate_to
 
 from configuration_simvq import VQRAEConfig
 from eval.codebook_usage.codebook_usage import codebook_statistics
-from eval.commands import ends_in_one_line
+from eval.commands import CommandParser, ends_in_one_line
 from eval.files import read_fields, write_whole
 from eval.metrics import CodebookWindow, to_uint8
 from eval.networks import load_networks
@@ -429,7 +428,7 @@ def pictures(results: dict[str, dict], crops: Crops, output: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--encoder", required=True, help="A pretrained vision encoder: folder or hub repository.")
     parser.add_argument("--data", required=True, nargs="+", help="Folders of images.")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/collapse"), help="Default: runs/collapse.")

@@ -37,7 +37,7 @@ from benchmarks.measuring import name_of, now, peak_megabytes, profiled
 from configuration_simvq import VQRAEConfig
 from eval import reconstruction
 from eval.batches import load_batches
-from eval.commands import ends_in_one_line
+from eval.commands import CommandParser, ends_in_one_line
 from eval.crops import CroppedImages
 from eval.evaluation import Evaluation, Networks
 from eval.options import present_device, whole_number
@@ -49,7 +49,7 @@ from modeling_simvq import VQRAEModel
 from reading.files import dataset_of_files, find_images
 
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = CommandParser(__doc__)
 parser.add_argument("--data", required=True, help="A folder of images.")
 parser.add_argument("--num_images", type=whole_number(4), default=1000, help="Of the first two parts (default: 1000).")
 parser.add_argument("--num_images_whole", type=whole_number(), default=96, help="Of the last part (default: 96).")

@@ -9,7 +9,6 @@ k-means ours beside faiss-cpu's (needs `pip install faiss-cpu`) on a sample of t
         seconds, and the mean squared distance of all latents to their nearest centroid.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import torch
 
 from benchmarks.fused_latents import CONFIG, choice_of, read
 from benchmarks.measuring import now, timed
-from eval.commands import ends_in_one_line
+from eval.commands import CommandParser, ends_in_one_line
 from eval.options import present_device, whole_number
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import VQRAEModel
@@ -44,7 +43,7 @@ def by_faiss(samples: torch.Tensor, codes: int, rounds: int) -> torch.Tensor:
     return torch.from_numpy(search.centroids)
 
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = CommandParser(__doc__)
 parser.add_argument("--encoder", required=True, help="A pretrained vision encoder (hub or folder).")
 parser.add_argument("--data", required=True, help="Images to fit to: a folder, or a .txt file that lists them.")
 parser.add_argument("--config", type=Path, default=CONFIG, help="Where rows are (default: configs/fused_latents.json).")

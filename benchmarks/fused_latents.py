@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from eval.blocking.blocking import blocking_of, count_steps
-from eval.commands import ends_in_one_line
+from eval.commands import CommandParser, ends_in_one_line
 from eval.files import write_whole
 from eval.metrics import to_uint8
 from eval.options import whole_number
@@ -277,7 +277,7 @@ def draw(results: dict, sets: list[str], path: Path) -> None:
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=110))
 
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = CommandParser(__doc__)
 parser.add_argument("--encoder", required=True, help="A pretrained vision encoder (hub or folder).")
 parser.add_argument("--train_data", required=True, help="Images to fit to: a folder, or a .txt file that lists them.")
 parser.add_argument("--heldout", required=True, nargs="+", help="NAME=PATH of held-out images, the main set first.")

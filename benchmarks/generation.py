@@ -17,7 +17,6 @@ All on the same model. Loops take turns; printed are medians of seconds on the c
 too, of seconds of this process on processors.
 """
 
-import argparse
 import statistics
 import time
 
@@ -25,13 +24,13 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from benchmarks.measuring import name_of, now
-from eval.commands import ends_in_one_line
+from eval.commands import CommandParser, ends_in_one_line
 from eval.options import present_device, whole_number
 from generation.sampling import SeededCodes, generate_tokens, load_generator
 from generation.vocabulary import Vocabulary
 
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = CommandParser(__doc__)
 parser.add_argument("--model_name_or_path", help="A generator (default: random weights, of the size below).")
 parser.add_argument("--side", type=whole_number(2), default=10, help="Of the random model's grid (default: 10).")
 parser.add_argument("--codes", type=whole_number(2), default=16384, help="Of the random model (default: 16384).")

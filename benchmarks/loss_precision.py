@@ -11,13 +11,13 @@ of the error, as late in a training. cosine: of the gradients, the batch's and t
 under autocast over the other; value: relative difference of the loss; ms: forward and back to the pixels.
 """
 
-import argparse
 import statistics
 import time
 
 import torch
 from torch import nn
 
+from eval.commands import CommandParser
 from image_processing_simvq import VQRAEImageProcessor
 from reading.files import dataset_of_files, find_images
 from reading.images import decode_image
@@ -57,7 +57,7 @@ def trained(network: nn.Module, fake: torch.Tensor, real: torch.Tensor, steps: i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--data", required=True, help="Images: a folder, or a .txt file that lists them.")
     parser.add_argument("--model_name_or_path", default="checkpoints/vqrae-dinov2-small", help="A trained tokenizer.")
     parser.add_argument("--images", type=int, default=8, help="Images in the batch.")

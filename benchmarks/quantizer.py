@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from benchmarks.measuring import name_of, now, timed
-from eval.commands import ends_in_one_line
+from eval.commands import CommandParser, ends_in_one_line
 from eval.files import write_whole
 from eval.options import present_device
 
@@ -501,7 +501,7 @@ def kernel(args) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     sections = {"table": table, "growth": growth, "model": model, "tried": tried, "kernel": kernel}
     parser.add_argument("--sections", nargs="+", default=list(sections), choices=list(sections), help="Default: all.")
     parser.add_argument(

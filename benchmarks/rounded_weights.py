@@ -7,12 +7,11 @@ Rows: fp16 and bf16 (what `.to(dtype)` rounds: all but input projection and quan
 loads them (torchao; the decoder alone), and int8 weights of the encoder as well.
 """
 
-import argparse
-
 import torch
 from tqdm import tqdm
 from transformers import TorchAoConfig
 
+from eval.commands import CommandParser
 from eval.metrics import to_uint8
 from eval.psnr.psnr import psnr_per_image
 from image_processing_simvq import VQRAEImageProcessor
@@ -36,7 +35,7 @@ def outputs(model, images, processor: VQRAEImageProcessor) -> tuple[torch.Tensor
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--model_name_or_path", required=True, help="A trained tokenizer: folder or hub repository.")
     parser.add_argument("--data", required=True, help="A folder of images, or a .txt file that lists them.")
     args = parser.parse_args()

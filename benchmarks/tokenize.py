@@ -35,7 +35,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from eval.commands import ends_in_one_line
+from eval.commands import CommandParser, ends_in_one_line
 from eval.files import write_whole
 from eval.options import present_device, whole_number
 from eval.results import library_versions
@@ -47,7 +47,7 @@ from reading.files import dataset_of_files, find_images
 from reading.images import decode_image
 
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = CommandParser(__doc__)
 parser.add_argument("--model_name_or_path", required=True, help="A tokenizer: a folder, or a repository of the hub.")
 parser.add_argument("--data", type=Path, help="A folder of images, or a .txt list.")
 parser.add_argument("--images", type=whole_number(), default=512, help="How many (default: 512).")

@@ -37,7 +37,7 @@ from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 import training.losses
 from benchmarks.measuring import OTHERS, PRODUCTS, Profile, name_of, now, peak_megabytes, profiled, timed
 from configuration_simvq import VQRAEConfig
-from eval.commands import ends_in_one_line
+from eval.commands import CommandParser, ends_in_one_line
 from eval.options import present_device, whole_number
 from modeling_simvq import VQRAEModel
 from reading.sources import load_images
@@ -47,7 +47,7 @@ from training.losses import discriminator_hinge, generator_hinge
 from training.trainer import VQRAETrainer
 
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = CommandParser(__doc__)
 what = parser.add_argument_group("the step")
 what.add_argument("--batch_size", type=whole_number(), default=4, help="Images in a step (default: 4).")
 what.add_argument("--image_size", type=whole_number(), default=256, help="Side in pixels (default: 256).")

@@ -17,7 +17,6 @@ shared memory):
     python -m benchmarks.triton_search --capabilities 80 90 --dim 128
 """
 
-import argparse
 import math
 import re
 import subprocess
@@ -28,7 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
-from eval.commands import ends_in_one_line
+from eval.commands import CommandParser, ends_in_one_line
 from quantization_simvq import _TILE_SCORES_ACCELERATOR, _decide_doubtful, _relative_error
 
 
@@ -233,7 +232,7 @@ def compiled(capability: int, dim: int, precision: str, blocks: tuple[int, ...])
     return registers, stack, kernel.metadata.shared
 
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = CommandParser(__doc__)
 parser.add_argument("--capabilities", type=int, nargs="+", default=[80, 90], help="Of the GPUs (default: 80 90).")
 parser.add_argument("--dim", type=int, default=128, help="Width of a code (default: 128).")
 

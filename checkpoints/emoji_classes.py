@@ -11,7 +11,6 @@ The groups ("Smileys & Emotion", ...) are those of `emoji-test.txt` in Debian's 
 (8 MB) unless the file is named.
 """
 
-import argparse
 import random
 import shutil
 import subprocess
@@ -22,7 +21,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from eval.commands import ends_in_one_line
+from eval.commands import CommandParser, ends_in_one_line
 from eval.files import write_folder_whole
 from eval.options import whole_number
 
@@ -102,7 +101,7 @@ def arrange(images: Path, groups: dict[tuple[str, ...], str], variants: int, out
         print(f"{part}: {', '.join(f'{count} {group}' for group, count in counts.most_common())}.")
 
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = CommandParser(__doc__)
 parser.add_argument("--images", required=True, type=Path, help="The folder `images` that training_images makes.")
 parser.add_argument("--output_dir", required=True, type=Path, help="A folder that does not exist.")
 parser.add_argument("--variants", type=whole_number(0), default=3, help="Moved and scaled copies of each (default: 3).")

@@ -9,7 +9,6 @@ the mean latent of each takes the place of one of the codes that are rarest in -
 codebook become W^-1 (latent - b). All other codes stay, so tokens change only where such a colour is nearer.
 """
 
-import argparse
 import shutil
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from eval.commands import ends_in_one_line
+from eval.commands import CommandParser, ends_in_one_line
 from eval.files import write_folder_whole
 from eval.options import whole_number
 from modeling_simvq import ImageTokenizer
@@ -112,7 +111,7 @@ def replace(source: Path, output: Path, data: str, levels: int, max_images: int)
     return share
 
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = CommandParser(__doc__)
 parser.add_argument("--model_name_or_path", required=True, type=Path, help="Folder of a trained tokenizer.")
 parser.add_argument("--data", required=True, help="Images whose tokens are counted, see docs/data.md.")
 parser.add_argument("--max_images", type=whole_number(), default=700, help="Of these, at most (default: 700).")

@@ -20,7 +20,6 @@ repository was measured since the first. The lists are `train.txt`, `heldout_pho
 The same command makes the same files.
 """
 
-import argparse
 import io
 import random
 import shutil
@@ -37,6 +36,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from eval.commands import CommandParser
 from eval.files import write_folder_whole, write_whole
 from image_processing_simvq import VQRAEImageProcessor
 from reading.files import find_images
@@ -354,7 +354,7 @@ def make(unpacked: Path, output: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--output_dir", required=True, type=Path, help="where images, lists and licences go")
     parser.add_argument("--packages", type=Path, help="folder for the packages (default: OUTPUT_DIR/packages)")
     args = parser.parse_args(arguments)

@@ -12,7 +12,6 @@ what training measured is said to be of the weights before: `eval/reconstruction
 new file.
 """
 
-import argparse
 import math
 import shutil
 from pathlib import Path
@@ -25,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers.dynamic_module_utils import custom_object_save
 
-from eval.commands import ends_in_one_line
+from eval.commands import CommandParser, ends_in_one_line
 from eval.files import write_folder_whole
 from eval.psnr.psnr import psnr_per_image
 from modeling_simvq import ImageTokenizer
@@ -33,6 +32,7 @@ from quantization_simvq import SimVQ
 from reading.images import decode_image
 from reading.models import load_pretrained, load_processor
 from reading.sources import load_images
+from reading.wording import counted
 
 
 COPIED = ("training_recipe.json", "training_report.html")
@@ -115,13 +115,13 @@ def compare(source: ImageTokenizer, rounded: ImageTokenizer, data: str, max_imag
         scores.append([psnr_per_image(o.decoded_pixel_values.clamp(0, 1), pixels) for o in (ours, theirs)])
     before, after = torch.tensor(scores).mean(0)
     return (
-        f"{len(images)} images: {torch.stack(same).mean():.3%} of the tokens are the same; PSNR {before:.4f} dB "
-        f"before, {after:.4f} dB after rounding."
+        f"{counted(len(images), 'image')}: {torch.stack(same).mean():.3%} of the tokens are the same; PSNR "
+        f"{before:.4f} dB before, {after:.4f} dB after rounding."
     )
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--model_name_or_path", required=True, type=Path, help="Folder of a trained tokenizer.")
     parser.add_argument("--data", help="Images to compare on (64 at most), see docs/data.md.")
     parser.add_argument("--output_dir", required=True, type=Path, help="A new folder.")

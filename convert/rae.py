@@ -24,7 +24,6 @@ Every weight of the source must find its place: what is missing, left over or of
 written. Files are not unpickled (`weights_only`).
 """
 
-import argparse
 import math
 import pickle
 from collections.abc import Iterator
@@ -41,7 +40,7 @@ from transformers import AutoConfig
 
 from configuration_simvq import VQRAEConfig
 from decoding_simvq import sincos_positions
-from eval.commands import ends_in_one_line
+from eval.commands import CommandParser, ends_in_one_line
 from eval.files import read_fields, write_folder_whole
 from eval.options import present_device
 from image_processing_simvq import VQRAEImageProcessor
@@ -49,6 +48,7 @@ from modeling_simvq import VQRAEModel, read_pixel_statistics
 from reading.images import decode_image
 from reading.models import loading
 from reading.sources import load_images
+from reading.wording import counted
 from training.card import WIDGET, usage
 
 
@@ -201,7 +201,10 @@ def read_diffusers(name_or_path: str) -> Source:
     )
     left_over = [name for name in weights if not name.startswith(("encoder.", "decoder."))]
     if left_over:
-        raise ValueError(f"{folder / file} has {len(left_over)} weights that are not a RAE's: {left_over[:5]}.")
+        raise ValueError(
+            f"{folder / file} has {counted(len(left_over), 'weight that is', 'weights that are')} not a RAE's: "
+            f"{left_over[:5]}."
+        )
     grid = rae["encoder_input_size"] // patch
     if POSITIONS not in decoder and grid != 16:
         raise ValueError(
@@ -338,8 +341,11 @@ def load_encoder(model: VQRAEModel, encoder: str | dict[str, torch.Tensor]) -> N
 
 def raise_unless_complete(where: str, missing: set[str], unexplained: set[str]) -> None:
     problems = [
-        f"{len(names)} weights {what}: {', '.join(sorted(names)[:5])}{', ...' if len(names) > 5 else ''}"
-        for what, names in (("are missing", missing), ("have no place", unexplained))
+        f"{counted(len(names), one, many)}: {', '.join(sorted(names)[:5])}{', ...' if len(names) > 5 else ''}"
+        for one, many, names in (
+            ("weight is missing", "weights are missing", missing),
+            ("weight has no place", "weights have no place", unexplained),
+        )
         if names
     ]
     if problems:
@@ -431,7 +437,10 @@ def fit_codebook(model: VQRAEModel, data: str, device: str) -> None:
     images = load_images(data)
     needed = math.ceil(32 * model.config.codebook_size / model.config.grid_size**2)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:needed].tolist()
-    print(f"Fitting {model.config.codebook_size:,} codes to {len(order):,} of {len(images):,} images.", flush=True)
+    print(
+        f"Fitting {model.config.codebook_size:,} codes to {len(order):,} of {counted(len(images), 'image')}.",
+        flush=True,
+    )
     processor = VQRAEImageProcessor.for_image_size(model.config.image_size)
     model.to(device).initialize_codebook(image_batches(images.select(order), processor))
     model.cpu()
@@ -518,7 +527,7 @@ def save(model: VQRAEModel, source: str, output: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     sources = parser.add_mutually_exclusive_group(required=True)
     sources.add_argument("--diffusers", help="AutoencoderRAE of diffusers: a folder or a hub repository.")
     sources.add_argument("--rae_config", help="Stage 1 configuration of RAE, a .yaml file inside a clone of it.")

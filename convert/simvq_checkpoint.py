@@ -18,7 +18,6 @@ Every weight of the model must be in the checkpoint in its shape, and every key 
 LPIPS and the discriminator are left behind. Before the folder gets its name the model is loaded from it and compared.
 """
 
-import argparse
 import pickle
 from collections.abc import Collection
 from pathlib import Path
@@ -29,10 +28,11 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.image_utils import PILImageResampling
 
 from configuration_simvq_gan import SimVQGANConfig
-from eval.commands import ends_in_one_line
+from eval.commands import CommandParser, ends_in_one_line
 from eval.files import read_fields, sha256_of_files, write_folder_whole
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq_gan import SimVQGANModel
+from reading.wording import counted
 from training.card import WIDGET, usage
 
 
@@ -189,7 +189,9 @@ def take_weights(state_dict: dict[str, torch.Tensor], model: SimVQGANModel, ema:
         if weights[own].shape != tensor.shape
     ]
     if wrong:
-        raise ValueError(f"{len(wrong)} weights have another shape than --config says: {some(wrong, 5)}.")
+        raise ValueError(
+            f"{counted(len(wrong), 'weight has', 'weights have')} another shape than --config says: {some(wrong, 5)}."
+        )
     for prefix, what in LEFT_BEHIND.items():
         if count := sum(key.startswith(prefix) for key in state_dict):
             print(f"  left behind: {count:3} of {prefix}* ({what})")
@@ -278,7 +280,7 @@ def convert(checkpoint: Path, config: Path, output_dir: Path, weights: str = "em
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="The .ckpt file of the reference.")
     parser.add_argument("--config", type=Path, required=True, help="The config.yaml of the run that wrote it.")
     parser.add_argument("--output_dir", type=Path, required=True, help="A new folder for the converted model.")

@@ -1,16 +1,20 @@
-"""How a command ends over an error that is its user's: in one line."""
+"""Options of a command, and how it ends over an error that is its user's: in one line."""
 
+import argparse
 import dis
 import os
 import re
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, StrictDataclassError
+
+from reading.wording import did_you_mean
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,6 +24,48 @@ OUTSIDE = (OSError, DatasetsError, HFValidationError, StrictDataclassError)
 UNREACHABLE = (HfHubHTTPError.__bases__[0], OfflineModeIsEnabled)
 SAID = (ValueError, RuntimeError, FloatingPointError)  # if a file of ours names them
 SECONDS_FOR_THE_MAIN_PROCESS = 5.0  # launchers look for processes that have ended many times a second
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Options of a command. A mistake in them ends it in one line, with exit code 2, that names the nearest option or
+    value; what is missing is said after what is unknown, which may be meant for it.
+
+    Args:
+        description: the docstring of the command, which `--help` shows as it is written.
+        options: of `argparse.ArgumentParser`.
+    """
+
+    def __init__(self, description: str, **options) -> None:
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        args = sys.argv[1:] if args is None else list(args)
+        self.refuse_unknown(args[: args.index("--")] if "--" in args else args)
+        return super().parse_known_args(args, namespace)
+
+    def refuse_unknown(self, words: list[str], where: str = "") -> None:
+        """Ends the command over the first word that looks like an option and is none.
+
+        Args:
+            words: of a command line.
+            where: what is said before, such as the name of a file that they are from.
+        """
+        known = self._option_string_actions
+        for name in (word.partition("=")[0] for word in words):
+            begun = self.allow_abbrev and any(option.startswith(name) for option in known)
+            if re.fullmatch(r"--\w[\w-]*", name) and name not in known and not begun:
+                shown = [option for action in self._actions for option in action.option_strings]
+                self.error(f"{where}there is no option {name}{did_you_mean(name, shown) or ': see --help.'}")
+
+    def _check_value(self, action: argparse.Action, value) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            error.message += did_you_mean(value, action.choices)
+            raise
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n")  # the usage would be all options, before the one line
 
 
 @contextmanager

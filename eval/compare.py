@@ -7,13 +7,13 @@ Prints a Markdown table, one column a run, with the difference to the first. Run
 images, are not compared: their numbers mean different things.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-from eval.commands import ends_in_one_line
+from eval.commands import CommandParser, ends_in_one_line
 from eval.files import read_fields
 from eval.results import title
+from reading.wording import counted
 
 
 def read_result(path: Path) -> dict:
@@ -41,7 +41,7 @@ def differences(first: dict, other: dict) -> list[str]:
     if first["image_size"] != other["image_size"]:
         found.append(f"images of {first['image_size']} and {other['image_size']} px")
     if first["num_images"] != other["num_images"]:
-        found.append(f"{first['num_images']} and {other['num_images']} images")
+        found.append(f"{first['num_images']} and {counted(other['num_images'], 'image')}")
     elif first["data"]["pixels_sha256"] != other["data"]["pixels_sha256"]:
         found.append("the originals are not the same images")
     statistics = [result["networks"].get("reference_statistics") for result in (first, other)]
@@ -80,7 +80,7 @@ def _versions(result: dict) -> set[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     parser.add_argument(
         "results", nargs="+", type=Path, help="results.json files of eval/reconstruction.py, or their folders."
     )

@@ -16,6 +16,7 @@ from eval.protocol import Protocol
 from eval.psnr.psnr import psnr_per_image
 from eval.rfid.rfid import Moments, frechet_distance
 from eval.ssim.ssim import ms_ssim_per_image, ssim_per_image
+from reading.wording import counted
 
 
 STABLE_FRECHET = 10_000  # images; the bias of a Frechet distance falls with their number
@@ -275,7 +276,7 @@ class Evaluation:
             real = self.moments[f"{name}.real"].compute() if real is None else real
             real = tuple(x.to(fake.sum.device) for x in real)
             metrics[name] = frechet_distance(*fake.compute(), *real)
-            warnings += few_images(name, f"{len(self.index)} images", len(self.index), len(fake.sum))
+            warnings += few_images(name, counted(len(self.index), "image"), len(self.index), len(fake.sum))
         if self.patch_size:
             metrics["blocking"] = blocking = blocking_of(*self.steps)
             if not math.isfinite(blocking):
@@ -287,8 +288,8 @@ class Evaluation:
             metrics |= codebook_statistics(self.counts)
             if metrics["codebook_tokens"] < 8 * len(self.counts):
                 warnings.append(
-                    f"{metrics['codebook_tokens']:,} tokens for {len(self.counts):,} codes: utilization and perplexity "
-                    "are bounded by their number."
+                    f"{counted(metrics['codebook_tokens'], 'token')} for {len(self.counts):,} codes: utilization and "
+                    "perplexity are bounded by their number."
                 )
         return metrics, reasons, warnings
 

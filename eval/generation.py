@@ -30,7 +30,7 @@ import torch
 from torch_fidelity.metric_isc import isc_features_to_metric
 from tqdm import tqdm
 
-from eval.commands import ends_in_one_line
+from eval.commands import CommandParser, ends_in_one_line
 from eval.crops import CroppedImages, different_sizes
 from eval.evaluation import Networks, few_images
 from eval.files import read_fields
@@ -44,6 +44,7 @@ from eval.reconstruction import evaluate, progress_key, remove_progress, start
 from eval.results import code_hash, library_versions, remove_results, title
 from eval.rfid.rfid import Moments, frechet_distance
 from reading.files import dataset_of_files, find_images
+from reading.wording import counted
 
 
 MANIFOLD = ("precision", "recall", "density", "coverage")
@@ -89,9 +90,9 @@ def departures(protocol: GenerationProtocol, made_by: dict | None, count: int) -
     made_by = made_by or {}
     listed, found = made_by.get("images"), []
     if protocol.num_samples not in (None, count):
-        found.append(f"{count:,} samples instead of {protocol.num_samples:,}")
+        found.append(f"{counted(count, 'sample')} instead of {protocol.num_samples:,}")
     if listed is not None and len(listed) != count:
-        found.append(f"samples.json tells of {len(listed):,} images, and there are {count:,}")
+        found.append(f"samples.json tells of {counted(len(listed), 'image')}, not of {count:,}")
     if protocol.balanced_classes:
         if not listed or any(image.get("condition") is None for image in listed):
             found.append("the classes of the samples are not known")
@@ -104,7 +105,7 @@ def departures(protocol: GenerationProtocol, made_by: dict | None, count: int) -
         if not seeds or None in seeds:
             found.append("the seeds of the samples are not known")
         elif repeated := len(seeds) - len(set(seeds)):
-            found.append(f"{repeated:,} samples have the seed of another")
+            found.append(f"{counted(repeated, 'sample has', 'samples have')} the seed of another")
     if protocol.guidance_scale is not None:
         scale = made_by.get("settings", {}).get("guidance_scale")
         if scale is None:
@@ -226,8 +227,10 @@ def judge(
         others = "the reference statistics"
         if statistics is None or name != "rfid":
             counts.append(of_samples["num_real_images"])
-            others = f"{counts[1]:,} real images"
-        warnings += few_images(title(distance), f"{counts[0]:,} samples and {others}", min(counts), features.shape[1])
+            others = counted(counts[1], "real image")
+        warnings += few_images(
+            title(distance), f"{counted(counts[0], 'sample')} and {others}", min(counts), features.shape[1]
+        )
     if (equal := len(samples.digests) - len(set(samples.digests))) > 0:
         warnings.append(f"{equal:,} of {len(samples.digests):,} samples are equal, pixel by pixel, to another one.")
     return of_samples | {"baselines": found}, warnings
@@ -258,7 +261,9 @@ def memorised(
         "distances": {"samples": quantiles(distances[:, 0])},
     }
     if result["copies"]:
-        warnings.append(f"{result['copies']:,} samples are training images, pixel by pixel.")
+        warnings.append(
+            f"{counted(result['copies'], 'sample is one of the', 'samples are')} training images, pixel by pixel."
+        )
     if real is not None:
         held_out = nearest(real.features[name].to(device), among, 1)[0][:, 0].cpu()
         result["distances"]["real images"] = quantiles(held_out)
@@ -273,7 +278,7 @@ def memorised(
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     what = parser.add_argument_group("which images")
     what.add_argument("--samples", type=Path, required=True, help="The folder of the generated images.")
     what.add_argument(

@@ -10,7 +10,8 @@ from eval.crops import CroppedImages
 from eval.files import write_whole
 from eval.image_features import ImageFeatures
 from eval.pictures import as_html, rows_of
-from eval.results import choose, title
+from eval.results import UNREAD, choose, title
+from reading.wording import counted
 
 
 SAMPLES, COLUMNS = 32, 8  # in the picture of samples
@@ -62,7 +63,8 @@ def notes(result: dict) -> list[str]:
     if neighbours := result["neighbours"]:
         features = "Inception" if neighbours["features"] == "rfid" else neighbours["features"].removeprefix("fd_")
         said.append(
-            f"Distances are L2 on features of {features}; {neighbours['copies']:,} samples are one of the "
+            f"Distances are L2 on features of {features}; "
+            f"{counted(neighbours['copies'], 'sample is', 'samples are')} one of the "
             f"{neighbours['num_training_images']:,} training images, pixel by pixel."
         )
         if "nearer_than_5_percent_of_real" in neighbours:
@@ -73,7 +75,7 @@ def notes(result: dict) -> list[str]:
     if result["source"]["made_by"] is None:
         said.append("There is no samples.json beside the samples: what made them is not known.")
     if result["skipped_images"]:
-        said.append(f"{len(result['skipped_images'])} images could not be read and were left out.")
+        said.append(f"{counted(len(result['skipped_images']), *UNREAD)}.")
     return said + result["warnings"]
 
 

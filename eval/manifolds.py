@@ -4,6 +4,8 @@ from collections.abc import Iterator
 
 import torch
 
+from reading.wording import counted
+
 
 ELEMENTS = 2**26  # of a matrix at a time, in float64
 
@@ -32,7 +34,7 @@ def manifold_metrics(fake: torch.Tensor, real: torch.Tensor, neighbours: int) ->
     for name, points in (("fake", fake), ("real", real)):
         if len(points) <= neighbours:
             raise ValueError(
-                f"{name} has {len(points)} points: {neighbours} neighbours need {neighbours + 1} at least."
+                f"{name} has {counted(len(points), 'point')}: {neighbours} neighbours need {neighbours + 1} at least."
             )
     fake, real = fake.double(), real.double()
     fake_radii, real_radii = radii(fake, neighbours), radii(real, neighbours)

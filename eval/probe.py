@@ -17,7 +17,6 @@ folds that keep the shares of classes. Intervals are those of 1,000 bootstrap sa
 always says the most frequent class. Writes probe.json, probe.md and probe.html.
 """
 
-import argparse
 import html
 import importlib.util
 import json
@@ -29,7 +28,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from eval.commands import ends_in_one_line
+from eval.commands import CommandParser, ends_in_one_line
 from eval.files import write_whole
 from eval.networks import weights_hash
 from eval.options import add_source_options, present_device, whole_number
@@ -38,6 +37,7 @@ from image_processing_simvq import VQRAEImageProcessor
 from reading.images import decode_image
 from reading.models import load_pretrained, load_processor
 from reading.sources import open_source
+from reading.wording import counted, did_you_mean
 
 
 NEIGHBOURS, FOLDS, RESAMPLES = 5, 5, 1000
@@ -69,13 +69,16 @@ def labelled_images(
         labels = [None if label is None else there[label] for label in labels]
     labels, there = [None if label is None else str(label) for label in labels], [str(name) for name in there]
     if unknown := [name for name in classes or [] if name not in there]:
-        raise ValueError(f"--classes: {data} has no class '{unknown[0]}', only {', '.join(there)}.")
+        meant = did_you_mean(unknown[0], there) or "."
+        raise ValueError(f"--classes: {data} has no class '{unknown[0]}', only {', '.join(there)}{meant}")
     names = list(classes or there)
     if len(names) < 2:
         raise ValueError(f"{data} has a single class, {names[0]}: a probe needs two at least.")
     counts = Counter(labels)
     if few := [name for name in names if counts[name] < FOLDS]:
-        raise ValueError(f"Class '{few[0]}' of {data} has {counts[few[0]]} images: {FOLDS} of each are needed.")
+        raise ValueError(
+            f"Class '{few[0]}' of {data} has {counted(counts[few[0]], 'image')}: {FOLDS} of each are needed."
+        )
     numbers = {name: number for number, name in enumerate(names)}
     rows = sorted((row for row, label in enumerate(labels) if label in numbers), key=lambda row: numbers[labels[row]])
     return dataset.select(rows).select_columns("image"), np.array([numbers[labels[row]] for row in rows]), names
@@ -189,7 +192,7 @@ def page(result: dict) -> str:
     )
 
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = CommandParser(__doc__)
 parser.add_argument("--model_name_or_path", required=True, help="A tokenizer: folder or hub repository.")
 add_source_options(parser, split="validation", required=True, columns=("image", "label"))
 parser.add_argument("--classes", nargs="+", help="Some of the classes (default: all).")

@@ -11,6 +11,7 @@ from torchvision.transforms.functional import InterpolationMode, center_crop, re
 from eval.files import read_fields
 from eval.metrics import to_uint8
 from image_processing_simvq import to_rgb
+from reading.wording import did_you_mean
 
 
 FOLDER = Path(__file__).parent / "protocols"
@@ -165,7 +166,9 @@ class GenerationProtocol:
 def _load(kind: type, name_or_path: str, folder: Path):
     path = Path(name_or_path) if name_or_path.endswith(".json") else folder / f"{name_or_path}.json"
     if not path.is_file():
-        raise ValueError(f"No protocol '{name_or_path}': pass one of {', '.join(names(folder))}, or a .json file.")
+        meant = did_you_mean(name_or_path, names(folder))
+        there = f": pass one of {', '.join(names(folder))}, or a .json file."
+        raise ValueError(f"No protocol '{name_or_path}'{meant or there}")
     try:
         return kind(**read_fields(path))
     except TypeError as error:

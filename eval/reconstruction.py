@@ -32,7 +32,7 @@ from tqdm import tqdm
 from transformers import set_seed
 
 from eval.batches import load_batches
-from eval.commands import ends_in_one_line
+from eval.commands import CommandParser, ends_in_one_line
 from eval.crops import CroppedImages
 from eval.evaluation import Evaluation
 from eval.files import write_whole
@@ -55,6 +55,7 @@ from reading.files import dataset_of_files, match_images
 from reading.images import shown_path
 from reading.models import exact_float32, load_any
 from reading.sources import find_source, load_images
+from reading.wording import counted
 
 
 class ModelReconstruction:
@@ -181,7 +182,7 @@ def evaluate(
     if progress and progress["key"] == key:
         done = progress["done"]
         evaluation.load_state_dict(progress["evaluation"], device)
-        print(f"Going on after {len(evaluation.index)} images ({progress_file}).", flush=True)
+        print(f"Going on after {counted(len(evaluation.index), 'image')} ({progress_file}).", flush=True)
     elif progress:
         print(f"{progress_file} is of another evaluation: starting anew.", flush=True)
     loader = load_batches(images, [batches[i] for i in own[done:]], num_workers)
@@ -228,7 +229,7 @@ def evaluate(
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     what = parser.add_argument_group("what is evaluated: one of")
     what.add_argument("--model_name_or_path", help="A tokenizer: folder or hub repository.")
     what.add_argument(
@@ -393,7 +394,7 @@ def main() -> None:
         remove_results(output)
     evaluate(evaluation, images, reconstruct, batch_size, workers, device, progress_file, key)
     if state.is_main_process:
-        print(f"Computing the metrics of {len(evaluation.index):,} images.", flush=True)
+        print(f"Computing the metrics of {counted(len(evaluation.index), 'image')}.", flush=True)
         metrics, not_computed, warnings = evaluation.compute()
         if args.model_name_or_path and protocol.flat_colours:
             print("Reconstructing images of one colour, which flat_colours of the protocol asks for.", flush=True)

@@ -7,7 +7,6 @@ The file (`mu`, `sigma`) is what pytorch-fid reads and writes as well, and what 
 --reference_statistics` takes. Images are cropped as the protocol says.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from eval.batches import load_batches
-from eval.commands import ends_in_one_line
+from eval.commands import CommandParser, ends_in_one_line
 from eval.crops import CroppedImages
 from eval.files import write_whole
 from eval.networks import load_networks
@@ -23,10 +22,11 @@ from eval.options import add_source_options, present_device, whole_number
 from eval.protocol import Protocol, names
 from eval.rfid.rfid import Moments
 from reading.sources import load_images
+from reading.wording import counted
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = CommandParser(__doc__)
     add_source_options(parser, split="validation", required=True)
     parser.add_argument("--protocol", default="default", help=f"One of {', '.join(names())}, or a .json file.")
     parser.add_argument("--image_size", type=whole_number(), help="Side of the crops, where the protocol does not say.")
@@ -65,7 +65,7 @@ def main() -> None:
                 originals = batch["original"].to(device)
                 moments.update(network(originals / 255 if protocol.inception == "pytorch-fid" else originals))
     if moments.count < 2:
-        raise ValueError(f"{args.data} gave {int(moments.count)} images, which have no covariance: pass two or more.")
+        raise ValueError(f"{args.data} gave {counted(int(moments.count), 'image')}: no covariance: pass two or more.")
     mean, covariance = (tensor.cpu().numpy() for tensor in moments.compute())
 
     def save(path: Path) -> None:
@@ -73,7 +73,7 @@ def main() -> None:
             np.savez(file, mu=mean, sigma=covariance)
 
     write_whole(args.output_file, save)
-    print(f"{args.output_file}: statistics of {int(moments.count)} images.")
+    print(f"{args.output_file}: statistics of {counted(int(moments.count), 'image')}.")
 
 
 if __name__ == "__main__":

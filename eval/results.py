@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, file_exists, hf_hub_do
 
 from eval.files import sha256_of_files, write_whole
 from eval.pictures import as_html, rows_of, save_rows
+from reading.wording import counted
 
 
 TITLES = {
@@ -35,6 +36,8 @@ TITLES = {
     "inception_score_deviation": "Inception score, deviation over its parts",
 }
 PICTURES = 8  # in each row
+# of images that are left out, see `counted`
+UNREAD = "image could not be read and was left out", "images could not be read and were left out"
 ROOT = Path(__file__).resolve().parents[1]
 # results.json comes last: where it is, the others are there, and of the same evaluation
 FILES = ("code_counts.npy", "pictures.png", "neighbours.png", "report.html", "results.md", "results.json")
@@ -80,11 +83,11 @@ def markdown(result: dict) -> str:
     size = f"{result['image_size']} px" if result["image_size"] else "images as they are"
     notes = [f"Protocol `{result['protocol']['name']}`, {size}."]
     if unread := len(result["skipped_images"]) - result["num_not_finite"]:
-        notes.append(f"{unread} images could not be read and were left out.")
+        notes.append(f"{counted(unread, *UNREAD)}.")
     if result["num_not_finite"]:
         notes.append(
-            f"{result['num_not_finite']} images were left out because numbers of the model were not finite: "
-            "`skipped_images` of results.json names them."
+            f"{counted(result['num_not_finite'], 'image was', 'images were')} left out because numbers of the "
+            "model were not finite: `skipped_images` of results.json names them."
         )
     return "\n".join(lines + ["", *(f"- {note}" for note in notes + result["warnings"])]) + "\n"
 
@@ -223,7 +226,7 @@ def evaluation_results(result: dict, file_hash: str | None = None) -> list[EvalR
     """
     data, protocol = result["data"], result["protocol"]["name"]
     name, on_hub = Path(data["name"]).name, data["split"] is not None
-    of = f"protocol {protocol}, {result['num_images']:,} images of {result['image_size']} px"
+    of = f"protocol {protocol}, {counted(result['num_images'], 'image')} of {result['image_size']} px"
     arguments = {"protocol": protocol, "image_size": result["image_size"], "num_images": result["num_images"]}
     arguments |= {"pixels_sha256": data["pixels_sha256"]} | ({"model_sha256": file_hash} if file_hash else {})
     return [

@@ -7,7 +7,6 @@ The folder is complete: the page, the code it needs, the example images, the tok
 README.md that tells the hub how to start it. docs/demo.md tells how to put it there.
 """
 
-import argparse
 import configparser
 import json
 import shutil
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, SpaceCardData
 
-from eval.commands import ends_in_one_line
+from eval.commands import CommandParser, ends_in_one_line
 from eval.files import write_folder_whole
 from reading.models import MODELS
 
@@ -28,7 +27,7 @@ CODE = ("app.py", "*_simvq*.py", "LICENSE", "reading/*.py", "eval/*.py", "eval/*
 CODE += ("examples/CREDITS.md", "examples/images/*")
 WEIGHTS = ("README.md", "*.json", "model*.safetensors")
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = CommandParser(__doc__)
 parser.add_argument(
     "--model_name_or_path",
     type=Path,

@@ -14,7 +14,6 @@ rar         pretokenized.jsonl, {"class_id": ..., "tokens": [...]} a row, as git
 Both need labels, and grids of one size.
 """
 
-import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,13 +22,14 @@ import numpy as np
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from eval.commands import ends_in_one_line
+from eval.commands import CommandParser, ends_in_one_line
 from eval.files import write_folder_whole, write_whole
 from generation.provenance import Provenance
 from generation.shards import shard_path
+from reading.wording import counted
 
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = CommandParser(__doc__)
 parser.add_argument("folder", type=Path, help="What python -m generation.tokenize_images wrote.")
 parser.add_argument("--format", required=True, choices=("llamagen", "rar"), help="Whose files.")
 parser.add_argument("--output_dir", required=True, type=Path, help="Where they go: a folder that is not there yet.")
@@ -104,7 +104,7 @@ def main() -> None:
         export_llamagen(args.folder, provenance, args.output_dir, args.name or "imagenet")
         if provenance.rows_of_image > 1 and "flip" not in str(args.output_dir):
             print('LlamaGen draws one of several views only where "flip" is in the path: rename the folder.')
-    print(f"{provenance.num_rows:,} rows: {args.output_dir}")
+    print(f"{counted(provenance.num_rows, 'row')}: {args.output_dir}")
 
 
 if __name__ == "__main__":

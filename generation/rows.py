@@ -9,6 +9,7 @@ import torch
 
 from generation.provenance import Provenance
 from generation.vocabulary import Vocabulary
+from reading.wording import counted
 
 
 def load_rows(folder: str | Path) -> tuple[datasets.Dataset, Provenance]:
@@ -57,7 +58,7 @@ def split_keys(rows: datasets.Dataset, holdout: float) -> tuple[list[str], list[
     keys = sorted(rows.unique("key"), key=lambda key: _hash(key, "held out"))
     count = max(round(len(keys) * holdout), 1)
     if count >= len(keys):
-        raise ValueError(f"holdout {holdout} of {len(keys)} images leaves none to train on.")
+        raise ValueError(f"holdout {holdout} of {counted(len(keys), 'image')} leaves none to train on.")
     return sorted(keys[count:]), sorted(keys[:count])
 
 

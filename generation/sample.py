@@ -13,7 +13,6 @@ generation.sample ...`). Writes one PNG for each image (000000.png, ...), grid.p
 which says what made them. The same command again goes on where it was interrupted: images that are there stay.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
-from eval.commands import ends_in_one_line
+from eval.commands import CommandParser, ends_in_one_line
 from eval.files import read_fields, write_whole
 from eval.networks import weights_hash
 from eval.options import present_device, whole_number
@@ -40,6 +39,7 @@ from generation.sampling import (
 )
 from generation.vocabulary import Vocabulary
 from image_processing_simvq import VQRAEImageProcessor, read_image
+from reading.wording import counted
 from training.hub import on_main_process
 
 
@@ -48,7 +48,7 @@ IN_GRID, COLUMNS = 64, 8
 SAMPLES = "samples.json"
 
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = CommandParser(__doc__)
 group = parser.add_argument_group("what makes the images")
 group.add_argument("--model_name_or_path", required=True, help="A generator: folder or hub repository.")
 group.add_argument("--revision", help="Branch, tag or commit of a hub repository.")
@@ -182,7 +182,7 @@ def main() -> None:
     missing = [i for i in range(args.num_images) if not (args.output_dir / f"{i:06d}.png").exists()]
     state.wait_for_everyone()  # all have looked before one writes
     if len(missing) < args.num_images and state.is_main_process:
-        print(f"{args.num_images - len(missing)} images are there already.")
+        print(f"{counted(args.num_images - len(missing), 'image is', 'images are')} there already.")
     own = missing[state.process_index :: state.num_processes]
     with tqdm(total=len(own), unit="image", desc="Images", disable=not state.is_local_main_process) as bar:
         for start in range(0, len(own), args.batch_size):
@@ -207,7 +207,7 @@ def main() -> None:
         files = [args.output_dir / f"{i:06d}.png" for i in range(min(args.num_images, IN_GRID))]
         pixels = torch.stack([pil_to_tensor(Image.open(file)) for file in files])
         save_rows([pixels / 255], args.output_dir / "grid.png", min(COLUMNS, len(files)))
-        print(f"{args.num_images} images, grid.png and {SAMPLES}: {args.output_dir}")
+        print(f"{counted(args.num_images, 'image')}, grid.png and {SAMPLES}: {args.output_dir}")
     state.destroy_process_group()
 
 

@@ -30,7 +30,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from huggingface_hub import CommitOperationAdd, HfApi
 from tqdm import tqdm
 
-from eval.commands import ends_in_one_line
+from eval.commands import CommandParser, ends_in_one_line
 from eval.files import write_whole
 from eval.options import add_source_options, present_device, whole_number
 from eval.results import library_versions
@@ -40,6 +40,7 @@ from generation.shards import Plan, loader, shard_info, shard_path, split_name, 
 from generation.source import labels_and_texts, open_images, source_hash
 from generation.tokenizing import TokenRows, prepare
 from reading.models import load_any
+from reading.wording import counted
 
 
 UNREADABLE = "unreadable_images.txt"
@@ -49,7 +50,7 @@ VIEWS_IN_A_LOAD = 16  # that a worker hands over: many wait in shared memory
 MAY_DIFFER = {"model_name_or_path", "revision", "source", "share_changed_by_dtype"}
 MAY_DIFFER |= {"num_images", "num_unreadable", "num_rows"}
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = CommandParser(__doc__)
 what = parser.add_argument_group("tokenizer and images")
 what.add_argument("--model_name_or_path", required=True, help="A tokenizer: a folder, or a repository of the hub.")
 what.add_argument("--model_revision", help="Branch, tag or commit of a tokenizer of the hub.")
@@ -233,13 +234,13 @@ def finish(
         raise ValueError(f"There are no images in {provenance.source}, split {provenance.split}.")
     if beyond != len(infos) or found != (num_images or found):
         raise ValueError(
-            f"{folder} has {found:,} images in its first {len(infos)} shards, expected {num_images or 'more'}: give "
-            "the same command again, it writes what is missing."
+            f"{folder} has {counted(found, 'image')} in {counted(len(infos), 'shard')}, expected "
+            f"{num_images or 'more'}: give the same command again, it writes what is missing."
         )
     unreadable = [line for info in infos for line in info["unreadable"]]
     if len(unreadable) == found:
         key, reason = unreadable[0]
-        raise ValueError(f"None of the {found:,} images of {provenance.source} can be read; {key}: {reason}")
+        raise ValueError(f"None of {counted(found, 'image')} of {provenance.source} can be read; {key}: {reason}")
     if unreadable:
         text = "".join(f"{key}\t{reason}\n" for key, reason in unreadable)
         write_whole(folder / UNREADABLE, lambda path: path.write_text(text))
@@ -340,7 +341,7 @@ def main() -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         workers = min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
     if there and state.is_main_process:
-        print(f"{len(there)} shards are there already.", flush=True)
+        print(f"{counted(len(there), 'shard is', 'shards are')} there already.", flush=True)
     begin = time.perf_counter()
     with tqdm(total=total, unit="image", desc="Tokenizing", disable=not state.is_main_process) as bar:
         tokens = write_shards(plan, rows, folder, provenance, workers, bar)
@@ -355,7 +356,7 @@ def main() -> None:
         write_whole(folder / RUN, lambda path: path.write_text(json.dumps(run, indent=2)))
         print(f"{tokens:,} tokens in {seconds:,.1f} s, {tokens / seconds:,.0f} a second.")
     unread = f", {done.num_unreadable:,} of them could not be read ({UNREADABLE})" if done.num_unreadable else ""
-    print(f"{done.num_rows:,} rows of {done.num_images:,} images{unread}: {folder}")
+    print(f"{counted(done.num_rows, 'row')} of {counted(done.num_images, 'image')}{unread}: {folder}")
     if args.push_to_hub:
         print(f"Pushing to {args.push_to_hub}.", flush=True)
         where = args.push_to_hub, args.private, args.revision, args.token

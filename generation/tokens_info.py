@@ -9,7 +9,6 @@ grid. Prints counts, codes in use, perplexity (2 to the entropy of the codes), b
 With --decode, rows from all over the dataset are decoded and drawn; the tokenizer must be the one that made them.
 """
 
-import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +18,17 @@ import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
 
-from eval.commands import ends_in_one_line
+from eval.commands import CommandParser, ends_in_one_line
 from eval.options import present_device, whole_number
 from generation.card import PICTURE, draw_rows, spread_rows
 from generation.provenance import RUN, Provenance, check_tokenizer
 from generation.shards import shard_info, shard_path
 from generation.tokenizing import token_dtype
 from reading.models import load_any
+from reading.wording import counted
 
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = CommandParser(__doc__)
 parser.add_argument("folder", type=Path, help="What python -m generation.tokenize_images wrote.")
 drawing = parser.add_argument_group("a picture")
 drawing.add_argument("--decode", type=whole_number(), metavar="ROWS", help="Decode and draw so many rows.")
@@ -86,8 +86,8 @@ def read_shards(folder: Path, provenance: Provenance) -> Contents:
         readable = info["num_images"] - len(info["unreadable"])
         if info["num_rows"] != readable * provenance.rows_of_image:
             raise ValueError(
-                f"{shard} has {info['num_rows']} rows, expected {provenance.rows_of_image} for each of {readable} "
-                "images: remove it, and give the command that wrote it again."
+                f"{shard} has {counted(info['num_rows'], 'row')}, expected {provenance.rows_of_image} for each of "
+                f"{counted(readable, 'image')}: remove it, and give the command that wrote it again."
             )
         num_images, num_rows = num_images + info["num_images"], num_rows + info["num_rows"]
         _look_at_rows(shard, provenance, found)
@@ -124,12 +124,12 @@ def report(folder: Path, provenance: Provenance, found: Contents) -> str:
     """The lines that are printed."""
     tokens, used = int(found.counts.sum()), int((found.counts > 0).sum())
     grids = sorted(found.grids.items(), key=lambda grid: -grid[1])
-    shown = ", ".join(f"{height} x {width} ({count:,} rows)" for (height, width), count in grids[:3])
+    shown = ", ".join(f"{height} x {width} ({counted(count, 'row')})" for (height, width), count in grids[:3])
     lines = [
         f"tokenizer    {provenance.model_name_or_path}, {provenance.tokenizer_hash}",
         f"images       {provenance.num_images:,}, {provenance.num_unreadable:,} of them unreadable",
-        f"rows         {provenance.num_rows:,} in {len(found.shards):,} shards",
-        f"grids        {shown}" + (f", and {len(grids) - 3} others" if len(grids) > 3 else ""),
+        f"rows         {provenance.num_rows:,} in {counted(len(found.shards), 'shard')}",
+        f"grids        {shown}" + (f", and {counted(len(grids) - 3, 'other')}" if len(grids) > 3 else ""),
         f"tokens       {tokens:,}",
         f"codes used   {used:,} of {provenance.codebook_size:,} ({used / provenance.codebook_size:.1%})",
         f"perplexity   {found.perplexity:,.1f}",

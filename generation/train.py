@@ -34,6 +34,7 @@ from generation.sampling import load_painter
 from generation.trainer import GeneratorTrainer, GeneratorTrainingArguments
 from generation.vocabulary import FILE, Vocabulary
 from reading.models import check_fields
+from reading.wording import counted, did_you_mean
 from training.arguments import parse_model_config
 from training.hub import find_checkpoint, on_main_process
 from training.options import BATCH_SIZES, Without, is_secret, parse, refuse_without_effect, rules_of_trainer
@@ -89,10 +90,12 @@ class GeneratorArguments:
 
     def __post_init__(self):
         if self.model_size not in SIZES:
-            raise ValueError(f"model_size must be one of {', '.join(SIZES)}, got '{self.model_size}'.")
+            meant = did_you_mean(self.model_size, SIZES) or "."
+            raise ValueError(f"model_size must be one of {', '.join(SIZES)}, got '{self.model_size}'{meant}")
         self.model_config = parse_model_config(self.model_config)
         if self.condition not in ("auto", "class", "text", "none"):
-            raise ValueError(f"condition must be auto, class, text or none, got '{self.condition}'.")
+            meant = did_you_mean(self.condition, ("auto", "class", "text", "none")) or "."
+            raise ValueError(f"condition must be auto, class, text or none, got '{self.condition}'{meant}")
         if not 0 <= self.condition_dropout < 1:
             raise ValueError(f"condition_dropout must be in [0, 1), got {self.condition_dropout}.")
         if self.max_text_tokens < 1:
@@ -298,12 +301,15 @@ def main() -> None:
             return PartialState().destroy_process_group()
     frequencies = on_main_process(lambda: frequency_models(train, held_out))
     if main_process:
-        told = "texts" if vocabulary.condition == "text" else f"{vocabulary.num_conditions} classes"
+        told = (
+            "texts" if vocabulary.condition == "text" else f"{counted(vocabulary.num_conditions, 'class', 'classes')}"
+        )
         print(
-            f"{len(train):,} images to train on, {len(held_out):,} held out, {vocabulary.height} x {vocabulary.width} "
-            f"tokens of {vocabulary.codebook_size:,} codes, {told}; {model.num_parameters():,} weights.\n"
+            f"{counted(len(train), 'image')} to train on, {len(held_out):,} held out, {vocabulary.height} x "
+            f"{vocabulary.width} tokens of {vocabulary.codebook_size:,} codes, {told}; "
+            f"{model.num_parameters():,} weights.\n"
             f"Nats a token on held-out rows: unigram model {frequencies['unigram']:.3f}, bigram model "
-            f"{frequencies['bigram']:.3f} (of {frequencies['counted_rows']:,} rows).",
+            f"{frequencies['bigram']:.3f} (of {counted(frequencies['counted_rows'], 'row')}).",
             flush=True,
         )
     tokenizer, conditions = None, picture_conditions(held_out, training_args.num_pictures)

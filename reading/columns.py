@@ -3,6 +3,8 @@
 import datasets
 import pyarrow as pa
 
+from reading.wording import did_you_mean
+
 
 WANTED = ("image", "label", "text")
 # What columns are called, the likeliest first; also of fields of a struct, as `.json` beside an image is one. Images in
@@ -82,7 +84,8 @@ def _choose(role: str, fields: dict, name: str, given: str | None) -> str | None
     columns = [column for column in fields if column.split(".")[0] not in fields or "." not in column]
     if given:
         if given not in fields:
-            raise ValueError(f"{name} has no column '{given}', only {', '.join(columns)}.")
+            meant = did_you_mean(given, columns) or "."
+            raise ValueError(f"{name} has no column '{given}', only {', '.join(columns)}{meant}")
         if not _can_be(role, fields[given]):
             raise ValueError(f"Column '{given}' of {name} holds no {WHAT[role]}, its type is {fields[given]}.")
         return given

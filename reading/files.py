@@ -7,6 +7,7 @@ from pathlib import Path
 import datasets
 
 from reading.images import BELOW, EXTENSIONS
+from reading.wording import counted
 
 
 def find_images(path: str | Path) -> list[Path]:
@@ -26,7 +27,9 @@ def find_images(path: str | Path) -> list[Path]:
     files = [Path(line) for line in path.read_text().splitlines() if line.strip()]
     missing = [file for file in files if not file.is_file()]
     if missing:
-        raise ValueError(f"{path} names {len(missing)} files that do not exist, first {missing[0]}.")
+        raise ValueError(
+            f"{path} names {counted(len(missing), 'file that does', 'files that do')} not exist, first {missing[0]}."
+        )
     return _some(files, path)
 
 
@@ -43,7 +46,7 @@ def images_among(found: list[Path], folder: Path) -> list[Path]:
     if others:
         kinds = Counter(file.suffix.lower() or "without a suffix" for file in others).most_common(3)
         say(
-            f"{folder}: {len(others)} files are left out, they are no images by their names "
+            f"{folder}: {counted(len(others), 'file is', 'files are')} left out, no image by its name "
             f"({', '.join(f'{count} {kind}' for kind, count in kinds)}), such as {others[0].relative_to(folder)}."
         )
     return _some(files, folder)
@@ -99,7 +102,7 @@ def match_images(real: str | Path, fake: str | Path) -> tuple[list[Path], list[P
     alone = sorted(files[0].keys() ^ files[1].keys())
     if alone:
         raise ValueError(
-            f"{len(alone)} images of {real} and {fake} have no partner of the same name, first '{alone[0]}': name each "
-            "reconstruction like its original."
+            f"{counted(len(alone), 'image has', 'images have')} no partner of the same name, first '{alone[0]}': "
+            "name each reconstruction like its original."
         )
     return [files[0][name] for name in sorted(files[0])], [files[1][name] for name in sorted(files[0])]

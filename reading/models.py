@@ -17,6 +17,7 @@ from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import ImageTokenizer, VQRAEModel
 from modeling_simvq_gan import SimVQGANModel
 from reading.sources import NAME_ON_HUB
+from reading.wording import did_you_mean
 
 
 MODELS = {model.config_class.model_type: model for model in (VQRAEModel, SimVQGANModel)}
@@ -80,10 +81,12 @@ def check_fields(config_class: type[PreTrainedConfig], config: dict, whose: str)
     Raises:
         ValueError: there is one.
     """
-    if unknown := config.keys() - {known.name for known in fields(config_class)}:
+    known = [known.name for known in fields(config_class)]
+    if unknown := sorted(config.keys() - set(known)):
+        meant = did_you_mean(unknown[0], known) if len(unknown) == 1 else ""
+        otherwise = ": pass other fields as --model_config, or {} for none of those that a recipe has."
         raise ValueError(
-            f"{whose} has a {config_class.__name__}, which has no {', '.join(sorted(unknown))}: pass other fields as "
-            "--model_config, or {} for none of those that a recipe has."
+            f"{whose} has a {config_class.__name__}, which has no {', '.join(unknown)}{meant or otherwise}"
         )
 
 

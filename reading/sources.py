@@ -16,6 +16,7 @@ import datasets
 from reading.columns import WANTED, bring_columns
 from reading.files import dataset_of_files, files_below, find_images, images_among, no_images_there, say
 from reading.images import BELOW, EXTENSIONS
+from reading.wording import did_you_mean
 
 
 NAME_ON_HUB = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")  # dataset or model, or owner/dataset
@@ -61,7 +62,8 @@ class Source:
         if self.kind == "hub" or wanted in self.splits:
             return wanted
         if len(self.splits) > 1 or "[" in wanted:
-            raise ValueError(f"{self.name} has no split '{wanted}', only {', '.join(self.splits) or 'one'}.")
+            meant = did_you_mean(wanted, self.splits) or "."
+            raise ValueError(f"{self.name} has no split '{wanted}', only {', '.join(self.splits) or 'one'}{meant}")
         return next(iter(self.splits), None)
 
 

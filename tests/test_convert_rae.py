@@ -208,7 +208,7 @@ BROKEN = {
     "a decoder weight is left over": (
         "rae_dinov2",
         lambda folder: edit(folder / "decoder.pt", mask_token=torch.zeros(1)),
-        "decoder.*have no place: mask_token",
+        "decoder.*1 weight has no place: mask_token",
     ),
     "a decoder weight has another shape": (
         "rae_dinov2",
@@ -228,7 +228,7 @@ BROKEN = {
     "an encoder weight is left over": (
         "rae_siglip2",
         lambda folder: edit(folder / "encoder" / "model.safetensors", **{"vision_model.extra": torch.zeros(1)}),
-        "encoder.*have no place: .*extra",
+        "encoder.*1 weight has no place: .*extra",
     ),
     "another encoder": (
         "rae_siglip2",

@@ -204,7 +204,7 @@ def darker(pixels):  # the pictures of one colour are too much for it
     assert named == ["a-9.png", "d-9.png"] and len(result["skipped_images"]) == 3
     table = (tmp_path / "with" / "results.md").read_text()
     for text in (table, output):
-        assert "- 1 images could not be read and were left out." in text
+        assert "- 1 image could not be read and was left out." in text
         assert "- 2 images were left out because numbers of the model were not finite" in text
     assert output.count("Left out: ") == 3
     for file in image_folder.glob("*-[0-8].png"):

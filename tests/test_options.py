@@ -1,5 +1,6 @@
 """Options of train_hf.py: those that would have no effect are refused, and what was given is remembered."""
 
+import dataclasses
 import importlib
 import json
 import re
@@ -11,7 +12,10 @@ from test_docs import blocks
 from test_loading import ROOT
 from test_recipes import RECIPES
 
+import generation.train
 import train_hf
+from eval.commands import CommandParser
+from training.arguments import CommonTrainingArguments
 from training.options import (
     parse,
     refuse_without_effect,
@@ -177,7 +181,11 @@ def test_numbers_of_a_json_file_stay_numbers(tmp_path):
         (["nowhere.yaml"], "nowhere.yaml"),
         (["broken.json"], "broken.json is no JSON"),
         (["list.yaml"], "list.yaml holds no fields with names"),
-        ([*LOCAL, "--max_step", "3"], "There is no option --max_step 3"),
+        ([*LOCAL, "--max_step", "3"], "there is no option --max_step: did you mean --max_steps?"),
+        (["--train-dat", "."], "there is no option --train-dat: did you mean --train_data?"),  # before what is missing
+        (["misspelt.json", *LOCAL], "misspelt.json: there is no option --max_step: did you mean --max_steps?"),
+        ([*LOCAL, "--sunshine"], "there is no option --sunshine: see --help."),
+        ([*LOCAL, "--gan_generator_loss", "hing"], "got 'hing': did you mean hinge?"),
         ([*LOCAL, "--model_config", "{"], "model_config must be JSON"),
         ([*LOCAL, "--model_config", "5"], "model_config must have fields with names, got 5"),
         ([*LOCAL, "--learning_rate", "fast"], "invalid float value"),
@@ -187,12 +195,14 @@ def test_numbers_of_a_json_file_stay_numbers(tmp_path):
         ([*LOCAL, "--encoder_name_or_path", "empty"], "empty"),
         (["--model_config", '{"codebook_size": -1}', *LOCAL[2:]], "codebook_size"),
         (["--model_config", '{"colour": 1}', *LOCAL[2:]], "colour"),
+        (["--model_config", '{"codebook_sise": 1}', *LOCAL[2:]], "no codebook_sise: did you mean codebook_size?"),
     ],
 )
 def test_mistakes_end_the_script_in_one_line(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.json").write_text("{]")
     (tmp_path / "list.yaml").write_text("- 1\n")
+    (tmp_path / "misspelt.json").write_text('{"_source": "ours", "max_step": 3}')
     (tmp_path / "empty").mkdir()
     monkeypatch.setattr(sys, "argv", ["train_hf.py", *arguments])
     with pytest.raises(SystemExit) as end:
@@ -201,3 +211,56 @@ def test_mistakes_end_the_script_in_one_line(tmp_path, monkeypatch, capsys, argu
     assert end.value.code in (1, 2)
     assert said[-1].startswith("train_hf.py: error: ") and message in said[-1], said
     assert not any("Traceback" in line for line in said)
+
+
+@pytest.mark.parametrize("arguments", [["--modell", "x"], ["--model", "x", "--kind=round"], ["--kind", "round"]])
+def test_options_and_values_that_are_nearly_right_are_named(arguments, capsys):
+    """In every command, in one line, and before what is missing is."""
+    parser = CommandParser("What it does.")
+    parser.add_argument("--model_name_or_path", required=True)
+    parser.add_argument("--kind", choices=("square", "rounded"))
+    with pytest.raises(SystemExit) as end:
+        parser.parse_args(arguments)
+    (line,) = capsys.readouterr().err.splitlines()
+    meant = "there is no option --modell" if "--modell" in arguments else "did you mean rounded?"
+    assert end.value.code == 2 and "error: " in line and meant in line
+
+
+def test_values_that_look_like_options_and_beginnings_of_names_are_understood():
+    parser = CommandParser("What it does.")
+    parser.add_argument("--model_name_or_path")
+    parser.add_argument("rest", nargs="*")
+    args = parser.parse_args(["--model=--x", "--", "--modell"])
+    assert args.model_name_or_path == "--x" and args.rest == ["--modell"]
+
+
+def test_every_command_reads_its_options_alike():
+    """A parser of argparse itself would suggest nothing."""
+    files = [file for file in ROOT.glob("[!.]*/*.py") if file.parent.name != "tests"] + list(ROOT.glob("*.py"))
+    assert len(files) > 80
+    assert not [file for file in files if re.search(r"(argparse\.|Hf)ArgumentParser\(", file.read_text())]
+
+
+@pytest.mark.parametrize("script", [train_hf, generation.train], ids=lambda module: module.__name__)
+def test_help_of_trainings_teaches(script, monkeypatch, capsys):
+    """The docstring as written comes first; then our own options, each once; of transformers', the usual ones."""
+    kinds = {
+        "train_hf": KINDS,
+        "generation.train": (
+            generation.train.GeneratorArguments,
+            generation.train.TokenArguments,
+            generation.train.GeneratorTrainingArguments,
+        ),
+    }[script.__name__]
+    monkeypatch.setenv("COLUMNS", "120")
+    with pytest.raises(SystemExit) as end:
+        parse(kinds, ["--help"], script.__doc__)
+    said = capsys.readouterr().out
+    assert end.value.code == 0 and script.__doc__.strip() in said
+    names = re.findall(r"^  --(\w+)", said, re.MULTILINE)
+    assert len(names) == len(set(names)) and not re.search(r"--\w+-\w", said.replace(script.__doc__.strip(), ""))
+    own = {field.name for kind in kinds[:2] for field in dataclasses.fields(kind)}
+    own |= vars(kinds[2])["__annotations__"].keys() | vars(CommonTrainingArguments)["__annotations__"].keys()
+    assert own <= set(names) and {"output_dir", "bf16", "max_steps"} <= set(names)
+    assert names.index("train_data") < names.index("ema_decay") < names.index("output_dir")
+    assert "dataloader_prefetch_factor" not in said and "main_classes/trainer" in said

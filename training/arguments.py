@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 from eval.files import read_fields
+from reading.wording import did_you_mean
 from training.losses import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES
 
 
@@ -195,7 +196,9 @@ class VQRAETrainingArguments(CommonTrainingArguments):
             ("discriminator", ("patchgan", "dino")),
         ):
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got '{getattr(self, name)}'.")
+                given = getattr(self, name)
+                meant = did_you_mean(given, choices) or "."
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got '{given}'{meant}")
         if self.codebook_init_images is not None and self.codebook_init_images < 1:
             raise ValueError(f"codebook_init_images must be at least 1, got {self.codebook_init_images}.")
         if self.token_passes < 0:

@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 
 from eval.files import write_whole
 from eval.results import weights_file_hash
+from reading.wording import counted
 from training.options import is_secret
 
 
@@ -226,21 +227,22 @@ def _weights(trainer) -> str:
 def _training(trainer, config, provenance: Provenance) -> str:
     args = trainer.args
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    of = f" of {provenance.num_train_images:,} images" if provenance.num_train_images else ""
+    of = f" of {counted(provenance.num_train_images, 'image')}" if provenance.num_train_images else ""
     start = "random weights"
     if provenance.parent:
         start = f"the tokenizer `{_shown(provenance.parent)}`"
     elif provenance.encoder:
         start = f"the encoder `{_shown(provenance.encoder)}`"
     lines = [
-        f"{trainer.state.global_step:,} steps of {batch} random crops{of}, begun with {start}; peak learning rate "
-        f"{args.learning_rate:g}, encoder {'frozen' if config.freeze_encoder else 'trained'}, seed {args.seed}."
+        f"{counted(trainer.state.global_step, 'step')} of {counted(batch, 'random crop')}{of}, begun with "
+        f"{start}; peak learning rate {args.learning_rate:g}, encoder "
+        f"{'frozen' if config.freeze_encoder else 'trained'}, seed {args.seed}."
     ]
     speeds = [entry["images_per_second"] for entry in trainer.state.log_history if "images_per_second" in entry]
     if speeds:  # not the time of this process, which may have gone on with a run
         minutes = trainer.state.global_step * batch * sum(1 / speed for speed in speeds) / len(speeds) / 60
         without = ", without the tokens" if args.token_passes else ""
-        lines.append(f"The steps took {minutes:,.0f} minutes on {_hardware(args)}{without}.")
+        lines.append(f"The steps took {counted(round(minutes), 'minute')} on {_hardware(args)}{without}.")
     if args.token_passes:
         lines.append(
             f"The decoder alone was trained, on tokens computed once (crops of each image: {args.token_passes})."
@@ -306,7 +308,9 @@ def _measured(history: list[dict]) -> str:
 def _limits(trainer, config, provenance: Provenance) -> str:
     lines = ["- rFID and LPIPS are in the metadata of this card if `eval/reconstruction.py` was run, else nowhere."]
     if provenance.num_train_images:
-        lines.append(f"- Trained on {provenance.num_train_images:,} images; on others expect less than on those.")
+        lines.append(
+            f"- Trained on {counted(provenance.num_train_images, 'image')}; on others expect less than on those."
+        )
     lines.append(f"- Trained at {config.image_size} px. Other sizes work, without having been trained.")
     lines.append("- One run with one seed.")
     return "\n".join(lines)

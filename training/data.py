@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from image_processing_simvq import VQRAEImageProcessor
 from reading.images import decode_image, image_name, shown_path
+from reading.wording import counted
 
 
 def split_files(files: list[Path], holdout: float, group_separator: str | None) -> tuple[list[Path], list[Path]]:
@@ -32,7 +33,9 @@ def split_files(files: list[Path], holdout: float, group_separator: str | None) 
     for file in files:
         groups.setdefault(file.stem.split(group_separator)[0] if group_separator else str(file), []).append(file)
     if len(groups) < 2:
-        raise ValueError(f"{len(files)} images in {len(groups)} group(s) cannot be split; pass --eval_data.")
+        raise ValueError(
+            f"{counted(len(files), 'image')} in {counted(len(groups), 'group')} cannot be split; pass --eval_data."
+        )
     groups = list(groups.values())
     train, held_out = (
         [file for number in part for file in groups[number]] for part in split_rows(len(groups), holdout)
@@ -43,7 +46,7 @@ def split_files(files: list[Path], holdout: float, group_separator: str | None) 
 def split_rows(length: int, holdout: float) -> tuple[list[int], list[int]]:
     """The numbers below `length` to train on, and those to hold out, a share of `holdout`: see `split_files`."""
     if length < 2:
-        raise ValueError(f"{length} image(s) cannot be split; pass --eval_data.")
+        raise ValueError(f"{counted(length, 'image')} cannot be split; pass --eval_data.")
     count = min(max(1, round(holdout * length)), length - 1)
     held_out = range(0, length, round(1 / holdout))  # where that is as many, the split of earlier versions: they go on
     if len(held_out) != count:
@@ -255,8 +258,8 @@ class TrainTransform:
         seen, unreadable = self._counts.sum(0).tolist()
         if self.substitutes or unreadable == seen:
             raise TooManyUnreadable(
-                f"None of {tried + len(self.substitutes)} training images can be read, {self._examples()}: is "
-                "--train_data right?"
+                f"None of {counted(tried + len(self.substitutes), 'training image')} can be read, {self._examples()}: "
+                "is --train_data right?"
             )
         return []
 

@@ -7,6 +7,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from reading.wording import counted
 from training.monitoring import MeanTerms
 from training.sharding import local_part
 
@@ -63,7 +64,7 @@ class NonfiniteSteps(TrainerCallback):
             if not where and faults[2]:
                 where = "the gradient of the discriminator is not finite"
             raise FloatingPointError(
-                f"{self._in_a_row} steps in a row were not finite, the last one is {step}: "
+                f"{counted(self._in_a_row, 'step was', 'steps in a row were')} not finite, the last one is {step}: "
                 f"{where or 'a second pass over its images was finite'}. The weights are those from before; the last "
                 "checkpoint is intact. Try a lower learning rate, a longer warm-up, or bf16 in place of fp16."
             )

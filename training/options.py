@@ -4,9 +4,8 @@ import dataclasses
 import json
 from pathlib import Path
 
-from transformers import HfArgumentParser
-
 from eval.files import read_fields
+from training.parser import TrainingParser, is_adversarial
 
 
 SECRET = {"token", "password", "secret", "key"}  # last words of the names of options that nobody else may read
@@ -35,13 +34,14 @@ def parse(kinds: tuple[type, ...], arguments: list[str], description: str) -> tu
         flags have given.
 
     Raises:
-        ValueError: the file is no mapping of options, or an option is unknown or cannot have its value.
+        ValueError: the file is no mapping of options, or an option cannot have its value.
+        SystemExit: an option is unknown or has no such value, which was said.
     """
-    in_file = []
+    parser, in_file = TrainingParser(kinds, description), []
     if arguments and arguments[0].endswith((".json", ".yaml", ".yml")):
-        in_file, arguments = _file_as_flags(arguments[0]), arguments[1:]
-    usage = "%(prog)s [FILE.json | FILE.yaml] [options], see --help"  # of all options would be pages, at every error
-    parser = HfArgumentParser(kinds, description=description, usage=usage, allow_abbrev=False)
+        path, *arguments = arguments
+        in_file = _file_as_flags(path)
+        parser.refuse_unknown(in_file, where=f"{path}: ")
     *parsed, unknown = parser.parse_args_into_dataclasses(
         in_file + arguments, return_remaining_strings=True, look_for_args_file=False
     )
@@ -189,8 +189,7 @@ def rules_of_encoder(is_frozen: bool) -> list[Without]:
 
 def rules_of_training(args) -> list[Without]:
     """Args: args: `VQRAETrainingArguments`."""
-    own = [field.name for field in dataclasses.fields(args) if field.name.startswith(("gan_", "discriminator_"))]
-    adversarial = {"lecam_weight", "discriminator", *own} - {"gan_weight"}
+    adversarial = {field.name for field in dataclasses.fields(args) if is_adversarial(field.name)} - {"gan_weight"}
     has_perceptual = args.lpips_weight or args.convnext_weight
     return [
         Without(" ".join(sorted(adversarial)), not args.gan_weight, "there is no GAN (--gan_weight)", "gan_weight"),

@@ -16,6 +16,7 @@ from eval.files import write_whole
 from modeling_simvq import ImageTokenizer
 from reading.images import image_name
 from reading.models import tokenizer_hash
+from reading.wording import counted
 from training.data import TrainTransform, collate
 
 
@@ -47,7 +48,8 @@ def tokenize_crops(
     Raises:
         ValueError: an image that cannot be read.
     """
-    print(f"Tokens of {len(dataset):,} images, {passes} crops of each ({folder}): those there are kept.", flush=True)
+    what = f"{counted(len(dataset), 'image')}, {counted(passes, 'crop')} of each"
+    print(f"Tokens of {what} ({folder}): those there are kept.", flush=True)
     plain = dataset.with_format(None)
     images = [_identity(record) for record in plain["image"]]
     crops = transform.image_size, transform.seed, transform.min_crop_area

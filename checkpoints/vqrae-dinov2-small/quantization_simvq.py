@@ -389,7 +389,8 @@ class VectorQuantizer(InFloat32):
                 "get_num_nonfinite() counts them): check the dtype of the encoder, fp16 overflows where bf16 does not."
             )
         indices = torch.ops.simvq.nearest_codes(flat, *self._search_table())
-        if not torch.compiler.is_exporting():  # an exported program has no quantizer to count for
+        # An exported program has no quantizer to count for. Dynamo of torch 2.9 takes every graph for an exported one.
+        if torch.compiler.is_dynamo_compiling() or not torch.compiler.is_exporting():
             self.count_codes(indices)
         return indices
 
