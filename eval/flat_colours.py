@@ -34,13 +34,15 @@ def measure_flat_colours(
         where a reconstruction is not finite. Then the reason for these, by name.
     """
     errors, deviations, broken = [], [], 0
-    for colours in tqdm(flat_colours().split(batch_size), desc="Flat colours", unit="batch"):
-        originals = colours[:, :, None, None].expand(-1, -1, size, size).to(device)
-        reconstructions = reconstruct(originals / 255)[0].float()
-        broken += (~reconstructions.isfinite().flatten(1).all(1)).sum().item()
-        real, fake = (x.double() for x in protocol.eight_bits(originals, reconstructions.nan_to_num()))
-        errors.append((fake - real).abs().flatten(1).mean(1))
-        deviations.append(fake.flatten(2).std(2, unbiased=False).mean(1))
+    with tqdm(total=len(flat_colours()), desc="Flat colours", unit="image") as bar:
+        for colours in flat_colours().split(batch_size):
+            originals = colours[:, :, None, None].expand(-1, -1, size, size).to(device)
+            reconstructions = reconstruct(originals / 255)[0].float()
+            broken += (~reconstructions.isfinite().flatten(1).all(1)).sum().item()
+            real, fake = (x.double() for x in protocol.eight_bits(originals, reconstructions.nan_to_num()))
+            errors.append((fake - real).abs().flatten(1).mean(1))
+            deviations.append(fake.flatten(2).std(2, unbiased=False).mean(1))
+            bar.update(len(colours))
     metrics = {"flat_colours_error": torch.cat(errors), "flat_colours_deviation": torch.cat(deviations)}
     if broken:
         reason = f"not finite: the reconstructions of {broken} of {len(flat_colours())} colours"
