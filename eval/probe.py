@@ -243,9 +243,11 @@ def encode_images(
 ) -> dict[str, np.ndarray]:
     """`image_vectors` of a dataset with a column `image`, some at a time."""
     parts = []
-    for start in tqdm(range(0, len(dataset), batch_size), desc="Encoding", unit="batch"):
-        images = [decode_image(record) for record in dataset[start : start + batch_size]["image"]]
-        parts.append(image_vectors(model, processor(images, return_tensors="pt").pixel_values))
+    with tqdm(total=len(dataset), desc="Encoding", unit="image") as bar:
+        for start in range(0, len(dataset), batch_size):
+            images = [decode_image(record) for record in dataset[start : start + batch_size]["image"]]
+            parts.append(image_vectors(model, processor(images, return_tensors="pt").pixel_values))
+            bar.update(len(images))
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 

@@ -57,13 +57,15 @@ def main() -> None:
     images = CroppedImages(data, protocol, protocol.image_size or args.image_size)
     numbers = torch.arange(len(images)).split(args.batch_size)
     loader = load_batches(images, [part.tolist() for part in numbers], args.num_workers)
-    with torch.inference_mode():
-        for batch in tqdm(loader, desc="Features", total=len(numbers), unit="batch"):
+    bar = tqdm(total=len(images), desc="Features", unit="image")
+    with bar, torch.inference_mode():
+        for part, batch in zip(numbers, loader):
             for _, error in batch["skipped"]:
                 tqdm.write(f"Left out: {error}")
             if batch["index"]:
                 originals = batch["original"].to(device)
                 moments.update(network(originals / 255 if protocol.inception == "pytorch-fid" else originals))
+            bar.update(len(part))
     if moments.count < 2:
         raise ValueError(f"{args.data} gave {counted(int(moments.count), 'image')}: no covariance: pass two or more.")
     mean, covariance = (tensor.cpu().numpy() for tensor in moments.compute())
