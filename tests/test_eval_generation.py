@@ -175,10 +175,10 @@ def test_samples_that_are_not_as_the_protocol_asks_are_told():
     one_class = [image | {"condition": "0"} for image in images[1:11]] + images[11:] + images[:1]
     for change, count, told in (
         ({}, 49_999, "49,999 samples instead of 50,000"),
-        ({}, 49_999, "samples.json tells of 50,000 images, and there are 49,999"),
+        ({}, 49_999, "samples.json tells of 50,000 images, not of 49,999"),
         ({"images": one_class}, 50_000, "not balanced: 49 to 60 samples of each"),
         ({"images": [{"seed": 0}]}, 50_000, "classes of the samples are not known"),
-        ({"images": [{**images[0], "seed": 1}, *images[1:]]}, 50_000, "1 samples have the seed of another"),
+        ({"images": [{**images[0], "seed": 1}, *images[1:]]}, 50_000, "1 sample has the seed of another"),
         ({"images": [{"condition": "0"}]}, 50_000, "seeds of the samples are not known"),
         ({"settings": {}}, 50_000, "guidance scale of the samples is not known"),
     ):
