@@ -1,4 +1,4 @@
-"""Gives flat colours codes of their own, in place of codes that images hardly use. Nothing is trained.
+"""Gives flat colours codes of their own, in place of codes that images hardly use.
 
     python -m checkpoints.flat_codes --model_name_or_path runs/half --data runs/images/train.txt \\
         --output_dir checkpoints/vqrae-dinov2-small
@@ -7,12 +7,16 @@ A flat picture is one code again and again, and photographs have few saturated c
 whole picture comes back in another colour. Colours evenly spaced in the cube of red, green and blue are encoded, and
 the mean latent of each takes the place of one of the codes that are rarest in --data: their rows of SimVQ's frozen
 codebook become W^-1 (latent - b). All other codes stay, so tokens change only where such a colour is nearer.
+
+Then the decoder, which has never seen these codes, learns for --steps to paint images as it did from the tokens that
+they had before, and flat pictures in their colour. Nothing else is trained.
 """
 
 import shutil
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import transformers
 from huggingface_hub import ModelCard
 from safetensors import safe_open
@@ -28,13 +32,15 @@ from reading.images import decode_image
 from reading.models import load_pretrained, load_processor
 from reading.sources import load_images
 from training.data import sample_indices
+from training.losses import gradient_loss
 
 
 ROWS = "quantizer.embedding.weight"
 SIDE = 14  # of the grid of tokens of a flat picture, of which there is nothing more to see
 NOTE = (
     "\n{colours:,} of the {codes:,} codes are of flat colours, in place of those that were rarest in {images:,} images "
-    "to train on, with {share:.2%} of their tokens (`python -m checkpoints.flat_codes`).\n"
+    "to train on, with {share:.2%} of their tokens (`python -m checkpoints.flat_codes`). In {steps:,} steps the "
+    "decoder then learned to paint these images from the new tokens as it had from the old ones, and flat pictures.\n"
 )
 
 
@@ -53,20 +59,29 @@ def latents_of_colours(model: ImageTokenizer, colours: torch.Tensor, batch_size:
             pictures = part[:, :, None, None].expand(-1, -1, side, side).contiguous()
             means.append(model.get_latents(pictures).float().mean(1))
             bar.update(len(part))
-    return torch.cat(means)
+    return torch.cat(means).clone()  # a tensor of inference mode takes no part in training
 
 
 @torch.inference_mode()
-def counts_of(model: ImageTokenizer, data: str, max_images: int) -> tuple[torch.Tensor, int]:
-    """Tokens of each code in images drawn by a seed, and the number of these images."""
+def latents_of_images(model: ImageTokenizer, data: str, max_images: int) -> torch.Tensor:
+    """Of images drawn by a seed: (N, h * w, latent_size), in half precision."""
     processor = load_processor(model.name_or_path, model.config.image_size)
     images = load_images(data)
     images = images.select(sample_indices(len(images), min(max_images, len(images)), seed=0))
-    counts = torch.zeros(model.config.codebook_size, dtype=torch.int64)
-    for record in tqdm(images["image"], desc="Counting codes", unit="image"):
+    latents = []
+    for record in tqdm(images["image"], desc="Encoding", unit="image"):
         pixels = processor(decode_image(record), return_tensors="pt").pixel_values
-        counts += torch.bincount(model.get_image_tokens(pixels).flatten(), minlength=len(counts))
-    return counts, len(images)
+        latents.append(model.get_latents(pixels).half())
+    return torch.cat(latents).clone()
+
+
+@torch.no_grad()
+def tokens_of(model: ImageTokenizer, latents: torch.Tensor) -> torch.Tensor:
+    """(N, h * w, latent_size) -> (N, h, w), of square images."""
+    parts = tqdm(latents.split(8), desc="Tokens", unit="batch", leave=False)
+    tokens = torch.cat([model.quantizer(part.float())[2] for part in parts])
+    side = int(latents.shape[1] ** 0.5)
+    return tokens.view(len(latents), side, side)
 
 
 @torch.no_grad()
@@ -76,18 +91,59 @@ def rows_of(quantizer: SimVQ, latents: torch.Tensor) -> torch.Tensor:
     return torch.linalg.solve(weight, (latents.double() - bias).T).T.float()
 
 
-def replace(source: Path, output: Path, data: str, levels: int, max_images: int) -> float:
+def teach(
+    model: ImageTokenizer,
+    before: ImageTokenizer,
+    tokens: torch.Tensor,
+    old_tokens: torch.Tensor,
+    colours: torch.Tensor,
+    codes: torch.Tensor,
+    steps: int,
+) -> None:
+    """Trains the decoder of `model` by AdamW at 2e-4, falling to zero, on batches of three images and two flat
+    pictures, on mean absolute errors of pixels and of their differences.
+
+    Args:
+        before: the model as it was, which paints what `model` is to paint.
+        tokens, old_tokens: of images, (N, h, w), by the new and the old codes.
+        colours, codes: (M, 3) in [0, 1], and the code of each.
+    """
+    parameters = list(model.decoder.parameters())
+    optimizer = torch.optim.AdamW(parameters, 2e-4, weight_decay=0.0)
+    generator, model_was_training = torch.Generator().manual_seed(0), model.training
+    model.train()
+    for step in tqdm(range(steps), desc="Teaching the decoder", unit="step"):
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-4 * min(1, (step + 1) / 20) * (1 - step / steps)
+        images = torch.randint(len(tokens), (3,), generator=generator)
+        flat = torch.randint(len(colours), (2,), generator=generator)
+        with torch.no_grad():
+            target = before.decode(old_tokens[images]).decoded_pixel_values
+        target = torch.cat([target, colours[flat][:, :, None, None].expand(-1, -1, *target.shape[2:])])
+        batch = torch.cat([tokens[images], codes[flat][:, None, None].expand(-1, *tokens.shape[1:])])
+        made = model.decode(batch).decoded_pixel_values
+        loss = F.l1_loss(made, target) + gradient_loss(made, target)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+    model.train(model_was_training)
+
+
+def replace(source: Path, output: Path, data: str, levels: int, max_images: int, steps: int) -> float:
     """Writes the folder; returns the share of the tokens of images that the replaced codes had."""
-    model = load_pretrained(str(source), {}).eval()
-    if not isinstance(model.quantizer, SimVQ):
+    before = load_pretrained(str(source), {}).eval()
+    if not isinstance(before.quantizer, SimVQ):
         raise ValueError(f"{source} has a codebook that is trained itself; only SimVQ's is frozen.")
     colours = lattice(levels)
-    if len(colours) > model.config.codebook_size // 2:
+    if len(colours) > before.config.codebook_size // 2:
         raise ValueError(f"--levels {levels}: {len(colours):,} colours are more than half of the codes.")
-    counts, images = counts_of(model, data, max_images)
+    latents = latents_of_images(before, data, max_images)
+    old_tokens = tokens_of(before, latents)
+    counts = torch.bincount(old_tokens.flatten(), minlength=before.config.codebook_size)
     rarest = counts.argsort(stable=True)[: len(colours)]
     share = (counts[rarest].sum() / counts.sum()).item()
-    rows = rows_of(model.quantizer, latents_of_colours(model, colours))
+    rows = rows_of(before.quantizer, latents_of_colours(before, colours))
 
     def write(folder: Path) -> None:
         shutil.copytree(source, folder)
@@ -96,12 +152,18 @@ def replace(source: Path, output: Path, data: str, levels: int, max_images: int)
         tensors = load_file(source / "model.safetensors")
         tensors[ROWS][rarest] = rows.to(tensors[ROWS].dtype)
         save_file(tensors, folder / "model.safetensors", metadata=metadata)
+        if steps:
+            model = load_pretrained(str(folder), {}).eval()
+            teach(model, before, tokens_of(model, latents), old_tokens, colours, rarest, steps)
+            for name, tensor in model.decoder.state_dict().items():
+                tensors[f"decoder.{name}"] = tensor.to(tensors[f"decoder.{name}"].dtype).contiguous()
+            save_file(tensors, folder / "model.safetensors", metadata=metadata)
         if (folder / "README.md").exists():
             card = ModelCard.load(folder / "README.md")
             card.data.eval_results = None  # of other weights
-            before, heading, rest = card.text.partition("\n## Training\n")
-            sizes = {"colours": len(colours), "codes": len(counts), "images": images, "share": share}
-            card.text = f"{before}{NOTE.format(**sizes)}{heading}{rest}"
+            head, heading, rest = card.text.partition("\n## Training\n")
+            sizes = {"colours": len(colours), "codes": len(counts), "images": len(latents)}
+            card.text = f"{head}{NOTE.format(**sizes, share=share, steps=steps)}{heading}{rest}"
             card.text = card.text.replace(f"# {source.name}\n", f"# {output.name}\n").replace(
                 f'from_pretrained("{source.name}"', f'from_pretrained("{output.name}"'
             )
@@ -116,6 +178,7 @@ parser.add_argument("--model_name_or_path", required=True, type=Path, help="Fold
 parser.add_argument("--data", required=True, help="Images whose tokens are counted, see docs/data.md.")
 parser.add_argument("--max_images", type=whole_number(), default=700, help="Of these, at most (default: 700).")
 parser.add_argument("--levels", type=whole_number(), default=12, help="Of red, green and blue (default: 12).")
+parser.add_argument("--steps", type=whole_number(0), default=200, help="Of the decoder (default: 200).")
 parser.add_argument("--output_dir", required=True, type=Path, help="A new folder.")
 
 
@@ -127,7 +190,7 @@ def main() -> None:
     if args.output_dir.exists():
         parser.error(f"--output_dir {args.output_dir} exists: remove it or choose another")
     transformers.logging.set_verbosity_error()
-    share = replace(args.model_name_or_path, args.output_dir, args.data, args.levels, args.max_images)
+    share = replace(args.model_name_or_path, args.output_dir, args.data, args.levels, args.max_images, args.steps)
     print(
         f"{args.output_dir}: {args.levels**3:,} codes are of flat colours; those that they replace had {share:.2%} of "
         "the tokens of these images."

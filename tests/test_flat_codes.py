@@ -32,9 +32,9 @@ def folders(tmp_path, monkeypatch):
         pixels = (image.permute(1, 2, 0) * 255).round().byte().numpy()
         Image.fromarray(pixels).save(tmp_path / "images" / f"{number}.png")
 
-    def convert(levels: int = 2) -> None:
+    def convert(levels: int = 2, steps: int = 0, name: str = "colours") -> None:
         options = ["--model_name_or_path", str(tmp_path / "pale"), "--data", str(tmp_path / "images")]
-        options += ["--levels", str(levels), "--output_dir", str(tmp_path / "colours")]
+        options += ["--levels", str(levels), "--steps", str(steps), "--output_dir", str(tmp_path / name)]
         monkeypatch.setattr(sys, "argv", ["flat_codes.py", *options])
         flat_codes.main()
 
@@ -45,10 +45,11 @@ def test_the_rarest_codes_become_latents_of_colours_and_no_other_weight_changes(
     folder, convert = folders
     convert()
     model = load_pretrained(str(folder / "pale"), {}).eval()
-    counts, images = flat_codes.counts_of(model, str(folder / "images"), 700)
+    tokens = flat_codes.tokens_of(model, flat_codes.latents_of_images(model, str(folder / "images"), 700))
+    counts = torch.bincount(tokens.flatten(), minlength=40)
     before, after = (load_file(folder / name / "model.safetensors") for name in ("pale", "colours"))
     changed = (before[flat_codes.ROWS] != after[flat_codes.ROWS]).any(1)
-    assert images == 16 and counts.sum() == 16 * 16 and changed.sum() == 8
+    assert tokens.shape == (16, 4, 4) and changed.sum() == 8
     assert counts[changed].max() <= counts[~changed].min()
     for name in before.keys() - {flat_codes.ROWS}:
         assert torch.equal(before[name], after[name])
@@ -61,15 +62,23 @@ def test_the_rarest_codes_become_latents_of_colours_and_no_other_weight_changes(
     assert torch.allclose(converted.quantizer.get_codebook_entry(codes), latents, atol=1e-3)
 
 
-def test_flat_colours_come_back_nearer(folders):
+def test_the_decoder_alone_learns_to_paint_flat_colours_and_keeps_its_images(folders):
     folder, convert = folders
     convert()
-    pictures = flat_codes.lattice(2)[:, :, None, None].expand(-1, -1, 32, 32).contiguous()
-    errors = []
-    for name in ("pale", "colours"):
+    convert(steps=60, name="taught")
+    flat = flat_codes.lattice(2)[:, :, None, None].expand(-1, -1, 32, 32).contiguous()
+    errors, painted = [], []
+    for name in ("pale", "colours", "taught"):
         model = load_pretrained(str(folder / name), {}).eval()
-        errors.append((model(pictures).decoded_pixel_values - pictures).abs().mean().item())
-    assert errors[1] < 0.7 * errors[0]
+        with torch.no_grad():
+            errors.append((model(flat).decoded_pixel_values - flat).abs().mean())
+            tokens = flat_codes.tokens_of(model, flat_codes.latents_of_images(model, str(folder / "images"), 700))
+            painted.append(model.decode(tokens).decoded_pixel_values)
+    assert errors[2] < errors[1] < errors[0]
+    assert (painted[0] - painted[2]).abs().mean() < 0.5 * painted[0].std()  # a fifth of the codes are new
+    before, after = (load_file(folder / name / "model.safetensors") for name in ("colours", "taught"))
+    others = {name for name in before if not torch.equal(before[name], after[name])}
+    assert others and all(name.startswith("decoder.") for name in others)
 
 
 def test_more_colours_than_half_of_the_codes_are_refused_and_nothing_is_written(folders, capsys):
