@@ -101,8 +101,9 @@ def match_images(real: str | Path, fake: str | Path) -> tuple[list[Path], list[P
         files.append(found)
     alone = sorted(files[0].keys() ^ files[1].keys())
     if alone:
+        of = f"of {real} and {fake}"
         raise ValueError(
-            f"{counted(len(alone), 'image has', 'images have')} no partner of the same name, first '{alone[0]}': "
-            "name each reconstruction like its original."
+            f"{counted(len(alone), f'image {of} has', f'images {of} have')} no partner of the same name, first "
+            f"'{alone[0]}': name each reconstruction like its original."
         )
     return [files[0][name] for name in sorted(files[0])], [files[1][name] for name in sorted(files[0])]

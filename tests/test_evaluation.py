@@ -105,7 +105,7 @@ def test_folders_are_compared_and_equal_ones_are_perfect(command, tmp_path, imag
         Image.open(file).resize((40, 30)).save(file)
     (fakes / "a-0.png").unlink()
     error = command("--real", image_folder, "--fake", fakes, "--output_dir", "out", "--network_metrics", fails=True)
-    assert "1 images" in error and "'a-0'" in error
+    assert "1 image of" in error and "'a-0'" in error
     Image.new("RGB", (48, 40)).save(fakes / "a-0.jpg")
     error = command(
         "--real", image_folder, "--fake", fakes, "--output_dir", "out", "--network_metrics", "--image_size", 32,
