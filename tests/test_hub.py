@@ -252,10 +252,12 @@ def test_a_run_is_resumed_from_the_hub(hub, tmp_path, image_folder):
         assert all(torch.equal(expected[key], found[key]) for key in expected), name
     assert (tmp_path / "resumed" / "checkpoint-4" / "optimizer.pt").exists()
     again = train(hub, tmp_path, image_folder, "resumed", "--resume_from_checkpoint", f"user/run@{middle}")
+    assert "resumed is finished (step 6 of 6)" in again
+    longer = ["--max_steps", "7", "--learning_rate", "1e-4"]
+    again = train(hub, tmp_path, image_folder, "resumed", "--resume_from_checkpoint", f"user/run@{middle}", *longer)
     assert "Resuming from resumed/checkpoint-6" in again  # its own, not that of the hub once more
-    assert "with another option" not in again
-    again = train(hub, tmp_path, image_folder, "resumed", "--learning_rate", "1e-4")
-    assert "learning_rate: None before, 0.0001 now" in again and "max_steps" not in again
+    assert "learning_rate: None before, 0.0001 now" in again and "max_steps: 6 before, 7 now" in again
+    assert "save_steps" not in again
     hub.branches["user/run"]["before"] = hub.commits["user/run"][0][0]
     for name, message in (
         ("user/run@before", "has no last-checkpoint"),

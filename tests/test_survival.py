@@ -375,7 +375,7 @@ def difficult_folder(tmp_path):
     transparent.putalpha(0)
     transparent.save(folder / "alpha.png")
     Image.new("RGB", (1, 1), "red").save(folder / "pixel.png")
-    Image.new("RGB", (3000, 1), "blue").save(folder / "line.png")
+    Image.new("RGB", (3000, 20), "blue").save(folder / "line.png")
     exif = b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x01\x00\x12\x01\x03\x00\x01\x00\x00\x00\xff\xff\xff\xff"
     good.save(folder / "exif.jpg", exif=exif)
     # unreadable
