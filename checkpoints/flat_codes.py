@@ -12,6 +12,7 @@ Then the decoder, which has never seen these codes, learns for --steps to paint 
 they had before, and flat pictures in their colour. Nothing else is trained.
 """
 
+import copy
 import shutil
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from convert.float16 import check_folders, renamed
 from eval.commands import CommandParser, ends_in_one_line
 from eval.files import write_folder_whole
 from eval.options import whole_number
@@ -110,8 +112,7 @@ def teach(
     """
     parameters = list(model.decoder.parameters())
     optimizer = torch.optim.AdamW(parameters, 2e-4, weight_decay=0.0)
-    generator, model_was_training = torch.Generator().manual_seed(0), model.training
-    model.train()
+    generator = torch.Generator().manual_seed(0)
     for step in tqdm(range(steps), desc="Teaching the decoder", unit="step"):
         for group in optimizer.param_groups:
             group["lr"] = 2e-4 * min(1, (step + 1) / 20) * (1 - step / steps)
@@ -127,7 +128,6 @@ def teach(
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-    model.train(model_was_training)
 
 
 def replace(source: Path, output: Path, data: str, levels: int, max_images: int, steps: int) -> float:
@@ -143,30 +143,28 @@ def replace(source: Path, output: Path, data: str, levels: int, max_images: int,
     counts = torch.bincount(old_tokens.flatten(), minlength=before.config.codebook_size)
     rarest = counts.argsort(stable=True)[: len(colours)]
     share = (counts[rarest].sum() / counts.sum()).item()
-    rows = rows_of(before.quantizer, latents_of_colours(before, colours))
+    with safe_open(source / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(source / "model.safetensors")
+    rows = rows_of(before.quantizer, latents_of_colours(before, colours)).to(tensors[ROWS].dtype)
+    tensors[ROWS][rarest] = rows
+    model = copy.deepcopy(before)
+    model.quantizer.embedding.weight[rarest] = rows.float()
+    if steps:
+        teach(model, before, tokens_of(model, latents), old_tokens, colours, rarest, steps)
+        for name, tensor in model.decoder.state_dict().items():
+            tensors[f"decoder.{name}"] = tensor.to(tensors[f"decoder.{name}"].dtype).contiguous()
 
     def write(folder: Path) -> None:
         shutil.copytree(source, folder)
-        with safe_open(source / "model.safetensors", "pt") as file:
-            metadata = file.metadata()
-        tensors = load_file(source / "model.safetensors")
-        tensors[ROWS][rarest] = rows.to(tensors[ROWS].dtype)
         save_file(tensors, folder / "model.safetensors", metadata=metadata)
-        if steps:
-            model = load_pretrained(str(folder), {}).eval()
-            teach(model, before, tokens_of(model, latents), old_tokens, colours, rarest, steps)
-            for name, tensor in model.decoder.state_dict().items():
-                tensors[f"decoder.{name}"] = tensor.to(tensors[f"decoder.{name}"].dtype).contiguous()
-            save_file(tensors, folder / "model.safetensors", metadata=metadata)
         if (folder / "README.md").exists():
             card = ModelCard.load(folder / "README.md")
             card.data.eval_results = None  # of other weights
             head, heading, rest = card.text.partition("\n## Training\n")
             sizes = {"colours": len(colours), "codes": len(counts), "images": len(latents)}
             card.text = f"{head}{NOTE.format(**sizes, share=share, steps=steps)}{heading}{rest}"
-            card.text = card.text.replace(f"# {source.name}\n", f"# {output.name}\n").replace(
-                f'from_pretrained("{source.name}"', f'from_pretrained("{output.name}"'
-            )
+            card.text = renamed(card.text, source.name, output.name)
             (folder / "README.md").write_text(str(card))
 
     write_folder_whole(output, write)
@@ -185,10 +183,7 @@ parser.add_argument("--output_dir", required=True, type=Path, help="A new folder
 @ends_in_one_line()
 def main() -> None:
     args = parser.parse_args()
-    if not (args.model_name_or_path / "model.safetensors").is_file():
-        parser.error(f"--model_name_or_path: {args.model_name_or_path} has no model.safetensors")
-    if args.output_dir.exists():
-        parser.error(f"--output_dir {args.output_dir} exists: remove it or choose another")
+    check_folders(parser, args)
     transformers.logging.set_verbosity_error()
     share = replace(args.model_name_or_path, args.output_dir, args.data, args.levels, args.max_images, args.steps)
     print(

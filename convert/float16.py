@@ -12,6 +12,7 @@ what training measured is said to be of the weights before: `eval/reconstruction
 new file.
 """
 
+import argparse
 import math
 import shutil
 from pathlib import Path
@@ -61,6 +62,20 @@ def halve(source: Path, target: Path, use_simvq: bool) -> None:
     save_file(tensors, target, metadata=metadata)
 
 
+def renamed(card: str, before: str, after: str) -> str:
+    """The text of a model card with another name of the model in its title and its code."""
+    card = card.replace(f"# {before}\n", f"# {after}\n")
+    return card.replace(f'from_pretrained("{before}"', f'from_pretrained("{after}"')
+
+
+def check_folders(parser: CommandParser, args: argparse.Namespace) -> None:
+    """Ends the command where `model_name_or_path` is no folder of a model, or `output_dir` is there already."""
+    if not (args.model_name_or_path / "model.safetensors").is_file():
+        parser.error(f"--model_name_or_path: {args.model_name_or_path} has no model.safetensors")
+    if args.output_dir.exists():
+        parser.error(f"--output_dir {args.output_dir} exists: remove it or choose another")
+
+
 def convert(source: Path, output: Path) -> None:
     def write(folder: Path) -> None:
         folder.mkdir(parents=True)
@@ -88,9 +103,7 @@ def convert(source: Path, output: Path) -> None:
             weights = WEIGHTS.format(of=averaged or "the trained weights", kept=kept)
             card.text = f"{before}{heading}\n{weights}\n{rest}"
         card.text = card.text.replace("\nHeld-out images after step", "\nBefore rounding, held-out images after step")
-        card.text = card.text.replace(f"# {source.name}\n", f"# {output.name}\n").replace(
-            f'from_pretrained("{source.name}"', f'from_pretrained("{output.name}"'
-        )
+        card.text = renamed(card.text, source.name, output.name)
         (folder / "README.md").write_text(str(card))
         pictures = sorted((source / "reconstructions").glob("*.png"))[-1:]
         for picture in pictures:
@@ -126,10 +139,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--data", help="Images to compare on (64 at most), see docs/data.md.")
     parser.add_argument("--output_dir", required=True, type=Path, help="A new folder.")
     args = parser.parse_args(arguments)
-    if not (args.model_name_or_path / "model.safetensors").is_file():
-        parser.error(f"--model_name_or_path: {args.model_name_or_path} has no model.safetensors")
-    if args.output_dir.exists():
-        parser.error(f"--output_dir {args.output_dir} exists: remove it or choose another")
+    check_folders(parser, args)
     if args.data:
         load_images(args.data)  # that there are some, before anything is written
     transformers.logging.set_verbosity_error()
