@@ -50,6 +50,7 @@ from eval.results import (
     update_model_card,
     write_results,
 )
+from eval.seen_images import seen_images
 from eval.semantic_agreement.semantic_agreement import cosine_per_image
 from reading.files import dataset_of_files, match_images
 from reading.images import shown_path
@@ -357,6 +358,8 @@ def main() -> None:
                 f"The images would be of {size} px (--image_size, or the protocol's): {args.model_name_or_path} takes "
                 f"multiples of {patch_size} px, such as {size // patch_size * patch_size or patch_size}."
             )
+        if state.is_main_process and (said := seen_images(args.model_name_or_path, files)):
+            print(said, flush=True)
         reconstruct = ModelReconstruction(model, protocol.semantic_agreement, reference)
         source = {
             "model": args.model_name_or_path,

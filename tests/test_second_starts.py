@@ -13,6 +13,7 @@ from test_training import make_trainer
 import train_hf
 from eval import reconstruction
 from eval.commands import ends_in_one_line
+from eval.seen_images import seen_images
 from modeling_simvq import VQRAEModel
 
 
@@ -43,6 +44,9 @@ def test_a_finished_run_says_so_and_stays_as_it_is(tmp_path, image_folder, monke
     (line,) = [line for line in said.splitlines() if "is finished" in line]
     assert f"{tmp_path / 'out'} is finished (step 2 of 2)" in line
     assert "--max_steps" in line and "another --output_dir" in line and "Resuming" not in said
+    assert "pushed" not in line
+    train(monkeypatch, tmp_path, "--push_to_hub", "--hub_model_id", "me/tokenizer")
+    assert f"Nothing is pushed now: `hf upload me/tokenizer {tmp_path / 'out'} --exclude" in capsys.readouterr().out
     train(monkeypatch, tmp_path, "--max_steps", "3")
     assert json.loads((tmp_path / "out" / "trainer_state.json").read_text())["global_step"] == 3
 
@@ -111,6 +115,14 @@ def test_a_checkpoint_whose_optimizer_does_not_fit_is_named(tmp_path, image_fold
     assert f"{last} is of another kind of run" in error and "another --output_dir" in error
 
 
+def test_another_optimizer_in_mid_run_is_named(tmp_path, image_folder, monkeypatch, capsys):
+    train(monkeypatch, tmp_path, "--max_steps", "1")
+    with pytest.raises(SystemExit):
+        train(monkeypatch, tmp_path, "--optim", "adafactor")
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "checkpoint-1 has the state of another optimizer, without" in error and "give the --optim" in error
+
+
 @pytest.fixture
 def tokens(tmp_path):
     generator = torch.Generator().manual_seed(0)
@@ -160,6 +172,11 @@ def test_the_command_that_measures_a_run_is_said_and_runs(tmp_path, image_folder
     reconstruction.main()
     result = json.loads((tmp_path / "out" / "evaluation" / "results.json").read_text())
     assert result["num_images"] == len((tmp_path / "out" / "heldout_images.txt").read_text().split())
+    assert "was trained" not in capsys.readouterr().out
+    flags[flags.index("--data") + 1] = str(tmp_path / "images")
+    monkeypatch.setattr(sys, "argv", ["reconstruction.py", *flags, "--network_metrics"])
+    reconstruction.main()
+    assert f"11 of the 12 images lie in {tmp_path / 'images'}, on which" in capsys.readouterr().out
 
 
 def test_data_that_was_named_for_evaluation_is_in_the_command(tmp_path, image_folder):
@@ -176,3 +193,15 @@ def test_data_that_was_named_for_evaluation_is_in_the_command(tmp_path, image_fo
 def test_losses_that_cannot_be_compared_are_told(tmp_path, image_folder, tiny_model, options, said):
     told = make_trainer(tiny_model, image_folder, tmp_path / "out", **options).loss_beside_eval_loss()
     assert told is None if said is None else said in told
+
+
+def test_nothing_is_said_of_images_that_nobody_knows(tmp_path, image_folder):
+    files = sorted(image_folder.iterdir())
+    assert seen_images("org/model", files) is None
+    (tmp_path / "training_recipe.json").write_text(json.dumps({"train_data": "images"}))
+    assert seen_images(tmp_path, files) is None  # no list of what was held out
+    (tmp_path / "heldout_images.txt").write_text(f"{files[0].resolve()}\n")
+    assert seen_images(tmp_path, files[:1]) is None
+    assert "11 of the 12 images" in seen_images(tmp_path, files)
+    (tmp_path / "training_recipe.json").write_text(json.dumps({"train_data": "list.txt"}))
+    assert seen_images(tmp_path, files) is None

@@ -172,6 +172,13 @@ class VQRAETrainingArguments(CommonTrainingArguments):
         },
     )
     num_pictures: int = field(default=16, metadata={"help": "Held-out images in the picture of each evaluation."})
+    push_to_hub: bool = field(
+        default=False, metadata={"help": "Push the model to the hub, at every checkpoint and at the end."}
+    )
+    hub_model_id: str | None = field(
+        default=None,
+        metadata={"help": "The repository to push to, OWNER/NAME. Default: the name of --output_dir, of yours."},
+    )
 
     def __post_init__(self):
         super().__post_init__()

@@ -172,10 +172,17 @@ class CheckpointingTrainer(Trainer):
             write_whole(path, lambda file: self.state.save_to_json(str(file)))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
+        wanted = [set(group) for group in self.optimizer.param_groups]
         with _fitting(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        groups = zip(wanted, self.optimizer.param_groups)
+        if missing := sorted({name for names, group in groups for name in names - group.keys()}):
+            raise ValueError(
+                f"{checkpoint} has the state of another optimizer, without {', '.join(missing)}: give the --optim of "
+                "that run, or choose another --output_dir."
+            )
         if self.adversary:
             self.adversary.load(checkpoint)
         if self.teacher:

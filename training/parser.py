@@ -32,8 +32,6 @@ USUAL = {
     "dataloader_num_workers": "Processes that read images; 0: the one that trains.",
     "report_to": "Where else the log goes: tensorboard, trackio, ... or none.",
     "use_cpu": "Train on the CPU, also where there is a GPU.",
-    "push_to_hub": "Push the model to the hub, at every checkpoint.",
-    "hub_model_id": "The repository to push to, OWNER/NAME. Default: the name of --output_dir, of yours.",
 }
 TRAINER = "https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments"
 

@@ -1,6 +1,7 @@
 """What --output_dir holds when a run begins: a run to go on with, a finished one, or one of another kind."""
 
 import json
+import shlex
 from dataclasses import fields
 from pathlib import Path
 
@@ -89,10 +90,15 @@ def finished(output_dir: str | Path, args) -> str | None:
     longer = f"a larger {option} trains on"
     if held_run(output_dir) == Path(output_dir):
         longer = "it has no checkpoint to train on from"
-    return (
+    said = (
         f"{output_dir} is finished (step {state['global_step']} of {state.get('max_steps')}) and stays as it is: "
         f"{longer}, another --output_dir trains anew."
     )
+    if args.push_to_hub:
+        upload = ["hf", "upload", args.hub_model_id or Path(output_dir).name, output_dir]
+        upload += ["--exclude", "checkpoint-*", "--exclude", "*.txt"]  # of this machine alone
+        said += f" Nothing is pushed now: `{shlex.join(map(str, upload))}` does it."
+    return said
 
 
 def _differences(there: dict, now: dict, prefix: str = "") -> list[str]:
