@@ -4,8 +4,9 @@
     python -m checkpoints.emoji_classes --images runs/images/images --output_dir runs/emoji
 
 Makes `train` and `heldout` below the output folder. Held out are the emoji on which the tokenizer was not trained
-either. Each one to train on comes with --variants copies that are moved and scaled a little, wholly in the picture: a
-shift by less than a token changes most tokens, so these show a generator many more rows than there are emoji.
+either. Each one to train on comes with --variants copies that are moved and scaled a little, wholly in the picture, and
+of which every second one is mirrored: a shift by less than a token changes most tokens, so these show a generator many
+more rows than there are emoji.
 
 The groups ("Smileys & Emotion", ...) are those of `emoji-test.txt` in Debian's package unicode-data, which is fetched
 (8 MB) unless the file is named.
@@ -18,7 +19,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from eval.commands import CommandParser, ends_in_one_line
@@ -97,6 +98,8 @@ def arrange(images: Path, groups: dict[tuple[str, ...], str], variants: int, out
                 for number in range(variants if part == "train" else 0):
                     with Image.open(file) as image:
                         variant = moved(image.convert("RGBA"), random.Random(f"{file.stem}/{number}"))
+                    if number % 2:
+                        variant = ImageOps.mirror(variant)
                     variant.save(folder / f"{file.stem}-moved{number}.png")
         print(f"{part}: {', '.join(f'{count} {group}' for group, count in counts.most_common())}.")
 
@@ -104,7 +107,7 @@ def arrange(images: Path, groups: dict[tuple[str, ...], str], variants: int, out
 parser = CommandParser(__doc__)
 parser.add_argument("--images", required=True, type=Path, help="The folder `images` that training_images makes.")
 parser.add_argument("--output_dir", required=True, type=Path, help="A folder that does not exist.")
-parser.add_argument("--variants", type=whole_number(0), default=3, help="Moved and scaled copies of each (default: 3).")
+parser.add_argument("--variants", type=whole_number(0), default=8, help="Moved and scaled copies of each (default: 8).")
 parser.add_argument("--groups", type=Path, help="Unicode's emoji-test.txt (default: fetched).")
 
 

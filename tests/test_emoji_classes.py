@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from checkpoints import emoji_classes
 
@@ -50,6 +50,11 @@ def test_emoji_are_sorted_by_group_and_those_to_train_on_have_variants(images, t
         "train/Smileys & Emotion/1f600-moved1.png",
     }
     assert "1 in no group, left out" in capsys.readouterr().out
+    for number in range(2):  # every second one is mirrored
+        with Image.open(images / "train" / "emoji" / "1f3f3.webp") as original:
+            expected = emoji_classes.moved(original.convert("RGBA"), random.Random(f"1f3f3/{number}"))
+        with Image.open(tmp_path / "out" / "train" / "Flags" / f"1f3f3-moved{number}.png") as found:
+            assert found.tobytes() == (ImageOps.mirror(expected) if number else expected).tobytes()
 
 
 @pytest.mark.parametrize("box", [(10, 20, 50, 60), (0, 0, 64, 64), (0, 30, 64, 34)])
