@@ -41,8 +41,11 @@ ROWS = "quantizer.embedding.weight"
 SIDE = 14  # of the grid of tokens of a flat picture, of which there is nothing more to see
 NOTE = (
     "\n{colours:,} of the {codes:,} codes are of flat colours, in place of those that were rarest in {images:,} images "
-    "to train on, with {share:.2%} of their tokens (`python -m checkpoints.flat_codes`). In {steps:,} steps the "
-    "decoder then learned to paint these images from the new tokens as it had from the old ones, and flat pictures.\n"
+    "to train on, with {share:.2%} of their tokens (`python -m checkpoints.flat_codes`).{taught}\n"
+)
+TAUGHT = (
+    " In {steps:,} steps the decoder then learned to paint these images from the new tokens as it had from the old "
+    "ones, and flat pictures."
 )
 
 
@@ -163,7 +166,8 @@ def replace(source: Path, output: Path, data: str, levels: int, max_images: int,
             card.data.eval_results = None  # of other weights
             head, heading, rest = card.text.partition("\n## Training\n")
             sizes = {"colours": len(colours), "codes": len(counts), "images": len(latents)}
-            card.text = f"{head}{NOTE.format(**sizes, share=share, steps=steps)}{heading}{rest}"
+            taught = TAUGHT.format(steps=steps) if steps else " The decoder has not seen them."
+            card.text = f"{head}{NOTE.format(**sizes, share=share, taught=taught)}{heading}{rest}"
             card.text = renamed(card.text, source.name, output.name)
             (folder / "README.md").write_text(str(card))
 

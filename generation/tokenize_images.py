@@ -240,7 +240,7 @@ def finish(
     unreadable = [line for info in infos for line in info["unreadable"]]
     if len(unreadable) == found:
         key, reason = unreadable[0]
-        raise ValueError(f"None of the {counted(found, 'image')} of {provenance.source} can be read; {key}: {reason}")
+        raise ValueError(f"No image of {provenance.source} can be read ({found:,} tried); {key}: {reason}")
     if unreadable:
         text = "".join(f"{key}\t{reason}\n" for key, reason in unreadable)
         write_whole(folder / UNREADABLE, lambda path: path.write_text(text))

@@ -228,7 +228,7 @@ def test_an_unreadable_image_is_named_and_has_no_row(work):
 def test_images_of_which_none_can_be_read_are_an_error(work):
     for path in (work / "images").rglob("*.png"):
         path.write_bytes(b"no image")
-    assert "None of the 14 images of images can be read; cats/00.png: " in tokenize(fails=True)
+    assert "No image of images can be read (14 tried); cats/00.png: " in tokenize(fails=True)
 
 
 # The same callable elsewhere ----------------------------------------------------------------------------------------
