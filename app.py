@@ -52,7 +52,7 @@ CSS = """
 .pixels .image-container, .pixels .grid-wrap { padding-top: 30px; }  /* below the label, not under it */
 .pixels img { width: 100%; height: 100%; object-fit: contain; }
 .tokens img { image-rendering: pixelated; cursor: crosshair; }
-@media (max-width: 600px) { #near .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
+@media (max-width: 600px) { .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
 """
 
 
@@ -252,11 +252,14 @@ def build_tabs(generator: Generator, upload, shown: list[str]) -> None:
         shown: files of examples.
     """
 
-    def options(prefix: str, guidance: float) -> list:
-        words = {"text": gr.Textbox, "class": gr.Dropdown, "none": gr.Dropdown}[generator.vocabulary.condition]
-        given = {"choices": generator.choices, "value": generator.choices[-1]} if words is gr.Dropdown else {}
+    def options(prefix: str, guidance: float, chosen: int) -> list:
+        """`chosen`: the place of the class that is shown first."""
+        if generator.vocabulary.condition == "text":
+            condition = gr.Textbox(label="Text")
+        else:
+            condition = gr.Dropdown(generator.choices, value=generator.choices[chosen], label="Class")
         return [
-            words(label="Of what", elem_id=f"{prefix}-condition", **given),
+            condition,
             gr.Number(0, label="Seed of the first image", precision=0, elem_id=f"{prefix}-seed"),
             gr.Slider(1, 8, 4, step=1, label="Images"),
             gr.Slider(0.0, 5.0, guidance, step=0.1, label="Guidance, 1 is none"),
@@ -271,18 +274,18 @@ def build_tabs(generator: Generator, upload, shown: list[str]) -> None:
 
     with gr.Tab("Generate", id="generate"), gr.Row():
         with gr.Column(scale=2, min_width=260):
-            entered = options("generate", 1.5 if generator.vocabulary.condition == "class" else 1.0)
+            entered = options("generate", 1.5 if generator.vocabulary.condition == "class" else 1.0, chosen=-1)
             draw = gr.Button("Generate", variant="primary", elem_id="generate")
         with gr.Column(scale=5):
             draw.click(told(generator.generate), entered, gallery("generated"))
     with gr.Tab("Complete", id="complete"), gr.Row():
         with gr.Column(scale=2, min_width=260):
             image = upload("Image, whose upper rows are kept", elem_id="complete-upload")
-            gr.Examples(shown, image, label="Examples")
             rows = generator.vocabulary.height
             keep = gr.Slider(1, rows - 1, rows // 2, step=1, label=f"Rows of tokens to keep, of {rows}")
-            entered = [image, keep, *options("complete", 1.0)]
+            entered = [image, keep, *options("complete", 1.0, chosen=0)]  # the image says what it is of
             draw = gr.Button("Complete", variant="primary", elem_id="complete")
+            gr.Examples(shown, image, label="Examples")
         with gr.Column(scale=5):
             draw.click(told(complete), entered, gallery("completed"))
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -24,10 +25,12 @@ from sklearn.decomposition import PCA
 from test_loading import ROOT
 from test_simvq_gan import small_model as small_gan_model
 
+from benchmarks.generation import random_generator
 from eval.token_maps import code_colors, code_pixels, neighbours, replace_tokens, token_map
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import VQRAEModel
 from reading.files import find_images
+from reading.models import tokenizer_hash
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -257,9 +260,16 @@ def serving(arguments: list[str], folder: Path):
             process.kill()
 
 
+def make_generator(tokenizer: VQRAEModel, folder: Path) -> None:
+    """A generator of ten classes with random weights, for the codes of `tokenizer`."""
+    model, vocabulary = random_generator(tokenizer.config.grid_size, tokenizer.config.codebook_size, width=64, layers=1)
+    model.save_pretrained(folder)
+    replace(vocabulary, tokenizer_hash=tokenizer_hash(tokenizer)).save(folder)
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
-    """A model, its processor, and the address of app.py with it."""
+    """A model, its processor, and the address of app.py with it and a generator of its codes."""
     pytest.importorskip("gradio", reason="gradio is not installed (pip install '.[demo]')")
     pytest.importorskip("selenium", reason="selenium is not installed (pip install selenium)")
     if not shutil.which("chromium") or not shutil.which("chromedriver"):
@@ -271,7 +281,10 @@ def served(tmp_path_factory):
         VQRAEImageProcessor.for_image_size(32).save_pretrained(folder)
         for file in folder.glob("*.py"):
             file.write_text("raise RuntimeError('code that comes with a model was run')")
-    with serving([str(ROOT / "app.py"), "--model", str(folder)], ROOT) as address:
+    generator = tmp_path_factory.mktemp("generator")
+    make_generator(VQRAEModel.from_pretrained(folder), generator)
+    command = [str(ROOT / "app.py"), "--model", str(folder), "--generator", str(generator)]
+    with serving(command, ROOT) as address:
         yield VQRAEModel.from_pretrained(folder).eval(), VQRAEImageProcessor.from_pretrained(folder), address
 
 
@@ -325,7 +338,20 @@ class Page:
         ActionChains(self.driver).move_to_element_with_offset(image, *offsets).click().perform()
 
     def tab(self, name: str) -> None:
-        next(x for x in self.all("button[role=tab]") if x.text == name).click()
+        if not any(x.text == name for x in self.all("button[role=tab]")):  # a phone has them in a menu
+            self.one(".overflow-menu > button").click()
+            next(x for x in self.all(".overflow-dropdown button") if x.text == name).click()
+        else:
+            next(x for x in self.all("button[role=tab]") if x.text == name).click()
+
+    def gallery(self, selector: str) -> list[np.ndarray]:
+        """The pictures of one, when it has some."""
+        sources = self.wait.until(lambda _: [x.get_attribute("src") for x in self.all(f"{selector} img")])
+        pictures = []
+        for source in sources:
+            with urllib.request.urlopen(source, timeout=60) as response:
+                pictures.append(np.asarray(Image.open(io.BytesIO(response.read())).convert("RGB"), dtype=np.int16))
+        return pictures
 
     def enter(self, selector: str, number: int) -> None:
         field = self.one(f"{selector} input")
@@ -416,6 +442,27 @@ def test_all_is_within_the_width_of_a_desktop_and_of_a_phone(page, photo):
         assert page.driver.execute_script(BEYOND) == [], tab
         if SCREENSHOT:
             page.save_screenshot(Path(SCREENSHOT).with_stem(f"{tab}-{page.driver.execute_script('return innerWidth')}"))
+
+
+@pytest.mark.parametrize("page", [None, PHONE], ids=["desktop", "phone"], indirect=True)
+def test_new_images_are_drawn_and_an_image_is_completed(page, served, photo):
+    model, processor, _ = served
+    page.tab("Generate")
+    page.one("button#generate").click()
+    images = page.gallery("#generated")
+    assert len(images) == 4 and len({image.tobytes() for image in images}) == 4
+    assert page.driver.execute_script(BEYOND) == []
+    page.tab("Complete")
+    page.driver.find_element("css selector", "#complete-upload input[type=file]").send_keys(str(photo))
+    page.one("#complete-upload img")
+    page.one("button#complete").click()
+    images = page.gallery("#completed")
+    tokens = model.get_image_tokens(processor(Image.open(photo), return_tensors="pt").pixel_values)
+    expected = np.int16(processor.postprocess(model.decode_image_tokens(tokens))[0])
+    kept = len(expected) // 2
+    for image in images:
+        assert np.abs(image - expected)[kept:].mean() > 3 * np.abs(image - expected)[:kept].mean()
+    assert page.driver.execute_script(BEYOND) == []
 
 
 def test_a_bad_file_is_told(page, tmp_path, photo):
