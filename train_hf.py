@@ -66,7 +66,7 @@ HELD_OUT = "heldout_images.txt"  # in --output_dir, paths of the images of --tra
 
 @dataclass
 class ModelArguments:
-    """Which model to train: one of the first three."""
+    """Which model to train. Give --encoder_name_or_path, --model_name_or_path, or --model_config alone."""
 
     encoder_name_or_path: str | None = field(
         default=None, metadata={"help": "A pretrained vision encoder (hub or folder): a new tokenizer on top of it."}
@@ -77,8 +77,9 @@ class ModelArguments:
     model_config: dict | str | None = field(
         default=None,
         metadata={
-            "help": "Fields of VQRAEConfig as JSON. Alone: a model from random weights. With a name: overrides, such "
-            'as {"codebook_size": 4096, "freeze_encoder": false}; {} behind a recipe: none of those that it has.'
+            "help": "Fields of VQRAEConfig, as JSON or in a JSON file. Alone: a model from random weights. With an "
+            'encoder or a model: overrides of its fields, such as {"codebook_size": 4096}. {} behind a recipe drops '
+            "those of the recipe."
         },
     )
     codebook_init: str | None = field(
@@ -92,8 +93,8 @@ class ModelArguments:
     stage: int | None = field(
         default=None,
         metadata={
-            "help": "1: the encoder is frozen. 2: it is trained, tied by distillation to what it was, after a stage 1 "
-            "(--model_name_or_path). Default: as the model's freeze_encoder says (frozen)."
+            "help": "1: the encoder is frozen. 2, after a stage 1 (--model_name_or_path): the encoder is trained too, "
+            "and distillation keeps it near what it was. Default: as the model's freeze_encoder says (frozen)."
         },
     )
     image_size: int | None = field(
@@ -149,19 +150,31 @@ class DataArguments:
     )
     eval_data: str | None = field(
         default=None,
-        metadata={"help": "Held-out images, named likewise. Default: --eval_split, or a part of --train_data without."},
+        metadata={
+            "help": "Held-out images, named likewise. Default: --eval_split where there are splits, else a part of "
+            "--train_data."
+        },
     )
     holdout: float = field(
-        default=0.1, metadata={"help": "Without --eval_data and --eval_split: share of the groups to hold out."}
+        default=0.1,
+        metadata={
+            "help": "Without --eval_data, and without splits: share of the images to hold out, by groups "
+            "(--group_separator)."
+        },
     )
     group_separator: str | None = field(
         default=None,
-        metadata={"help": "Files whose names agree up to it are split together, e.g. '-' for crops of one photograph."},
+        metadata={
+            "help": "Files whose names agree up to this text are one group, and are held out together: '-' for a-1.png "
+            "and a-2.png."
+        },
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of a hub dataset."})
     dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a hub dataset."})
     train_split: str = field(default="train", metadata={"help": "Split to train on, of a source that has several."})
-    eval_split: str = field(default="validation", metadata={"help": "Split to evaluate on, likewise."})
+    eval_split: str = field(
+        default="validation", metadata={"help": "Split to evaluate on, of a source that has several."}
+    )
     image_column: str | None = field(
         default=None, metadata={"help": "Column with the images (default: told from types and usual names)."}
     )
@@ -170,7 +183,9 @@ class DataArguments:
         metadata={"help": "Train on tars, parquet files or a hub dataset as they are read (needs --max_steps)."},
     )
     shuffle_buffer: int = field(default=1000, metadata={"help": "Images in the shuffle buffer when streaming."})
-    min_crop_area: float = field(default=0.3, metadata={"help": "Smallest area of a random crop, as a share."})
+    min_crop_area: float = field(
+        default=0.3, metadata={"help": "Smallest area of a random crop, as a share of the image."}
+    )
     max_train_samples: int | None = field(
         default=None,
         metadata={

@@ -261,7 +261,9 @@ def parse_arguments() -> argparse.Namespace:
     how.add_argument(
         "--num_workers", type=whole_number(0), help="Processes that load images (default: 8 beside a GPU, else 0)."
     )
-    how.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="Of the model.")
+    how.add_argument(
+        "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="What the model computes in."
+    )
     how.add_argument("--device", type=present_device, help="Default: cuda where there is one.")
     metrics = parser.add_argument_group("metrics")
     metrics.add_argument(

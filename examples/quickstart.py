@@ -5,8 +5,8 @@
 
 Loads checkpoints/vqrae-dinov2-small, reconstructs images that it has not seen, fine-tunes its decoder on emoji,
 measures it before and after on others that are held out, makes new images by checkpoints/emoji-llama, and writes
-runs/quickstart/quickstart.html. Offline, a few minutes on two CPU cores; interrupted, it goes on where it was. Every
-step is a command of this repository, and is printed.
+runs/quickstart/quickstart.html. It needs no network, and takes a few minutes on two CPU cores. Every step is a command
+of this repository, and is printed. An interrupted quick start goes on where it was when it is given again.
 """
 
 import html
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from eval.commands import ends_in_one_line
+from eval.commands import CommandParser, ends_in_one_line
 from eval.files import write_whole
 from eval.pictures import as_html, rows_of
 from eval.results import title
@@ -33,8 +33,6 @@ from reading.images import decode_image
 
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
 CHECKPOINT, OUTPUT, HELDOUT = "checkpoints/vqrae-dinov2-small", "runs/quickstart", "examples/heldout.txt"
 GENERATOR = "checkpoints/emoji-llama"
 # four photographs, and four emoji of HELDOUT; none of them was in the training of the checkpoint
@@ -45,11 +43,11 @@ ROWS = (
     "new images by a language model of tokens."
 )
 NEXT = f"""What to try next:
-  python app.py                                            the same by mouse: pip install ".[demo]"
+  python app.py                                            the same in the browser: needs pip install ".[demo]"
   python train_hf.py configs/quickstart.json --train_data MY_IMAGES --eval_data MY_OTHERS --output_dir runs/mine
   python -m eval.reconstruction --model_name_or_path {CHECKPOINT} --data MY_IMAGES --output_dir results
   python -m generation.sample --model_name_or_path {GENERATOR} --classes "Flags" --output_dir runs/flags
-README.md, "Train on your images", for a tokenizer on another encoder."""
+README.md, "Train on your images", shows how to train a tokenizer on another encoder."""
 
 
 def run(*command: str) -> None:
@@ -129,5 +127,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    CommandParser(__doc__).parse_args()  # for --help: it has no options
     with ends_in_one_line():
         main()

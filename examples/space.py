@@ -34,7 +34,7 @@ parser.add_argument(
     default=BOX,
     help="Folder of the tokenizer that the page shows (default: checkpoints/vqrae-dinov2-small).",
 )
-parser.add_argument("--title", default="Image tokenizer", help="Of the Space (default: Image tokenizer).")
+parser.add_argument("--title", default="Image tokenizer", help="Title of the Space (default: Image tokenizer).")
 parser.add_argument("--output_dir", required=True, type=Path, help="A new folder.")
 
 

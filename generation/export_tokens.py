@@ -33,7 +33,7 @@ parser = CommandParser(__doc__)
 parser.add_argument("folder", type=Path, help="What python -m generation.tokenize_images wrote.")
 parser.add_argument("--format", required=True, choices=("llamagen", "rar"), help="Whose files.")
 parser.add_argument("--output_dir", required=True, type=Path, help="Where they go: a folder that is not there yet.")
-parser.add_argument("--name", help="Of the dataset, in the names of llamagen's folders (default: imagenet).")
+parser.add_argument("--name", help="Name of the dataset in those of llamagen's folders (default: imagenet).")
 
 
 def images(folder: Path, provenance: Provenance) -> Iterator[tuple[int, np.ndarray]]:

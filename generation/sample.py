@@ -55,27 +55,32 @@ group.add_argument("--revision", help="Branch, tag or commit of a hub repository
 group.add_argument("--tokenizer", help="The image tokenizer, if it is not where the generator's vocabulary.json says.")
 group = parser.add_argument_group("which images")
 group.add_argument("--num_images", type=whole_number(), default=16, help="How many (default: 16).")
-group.add_argument("--seed", type=whole_number(0), default=0, help="Of the first image (default: 0).")
-group.add_argument("--classes", nargs="+", help="Names or numbers, in turn (default: all).")
-group.add_argument("--texts", nargs="+", help="Descriptions, in turn, for a generator that reads texts.")
-group.add_argument("--complete", type=Path, metavar="IMAGE", help="Keep the upper rows of this image, add the rest.")
+group.add_argument("--seed", type=whole_number(0), default=0, help="Seed of the first image (default: 0).")
+group.add_argument("--classes", nargs="+", help="Names or numbers of classes, taken in turn (default: all).")
+group.add_argument("--texts", nargs="+", help="Descriptions, taken in turn, for a generator that reads texts.")
+group.add_argument(
+    "--complete", type=Path, metavar="IMAGE", help="Keep the upper rows of this image and draw the rest."
+)
 group.add_argument("--keep_rows", type=int, help="With --complete: rows of tokens to keep (default: half of them).")
 group = parser.add_argument_group("how codes are drawn")
 group.add_argument(
     "--guidance_scale",
     type=float,
     default=1.0,
-    help="1 (default): none; more: nearer to the condition, and less variety.",
+    help="1 (default): no guidance. More: images nearer to the class or text, and less variety.",
 )
 group.add_argument("--temperature", type=float, default=1.0, help="Less is safer, 0 always the likeliest (default: 1).")
 group.add_argument("--top_k", type=int, default=0, help="Draw from the likeliest codes alone; 0 (default): from all.")
 group.add_argument(
-    "--top_p", type=float, default=1.0, help="Draw from the likeliest codes of this probability (default: 1, all)."
+    "--top_p",
+    type=float,
+    default=1.0,
+    help="Draw from the likeliest codes, which together have this probability (default: 1, all).",
 )
 group = parser.add_argument_group("how it runs")
 group.add_argument("--batch_size", type=whole_number(), default=16, help="Images at a time (default: 16).")
 group.add_argument("--dtype", choices=DTYPES, default="float32", help="Of the generator's weights (default: float32).")
-group.add_argument("--device", type=present_device, help="(default: a GPU, if there is one).")
+group.add_argument("--device", type=present_device, help="Default: cuda where there is one.")
 group.add_argument("--output_dir", required=True, type=Path, help="Where the images go.")
 
 

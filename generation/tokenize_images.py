@@ -57,7 +57,7 @@ what.add_argument("--model_revision", help="Branch, tag or commit of a tokenizer
 add_source_options(what, split="train", required=True, columns=("image", "label", "text"))
 what.add_argument("--streaming", action="store_true", help="Read a dataset of the hub without downloading it first.")
 what.add_argument("--max_samples", type=whole_number(), help="No more than the first so many images.")
-what.add_argument("--license", help="Of the images, for the card of the dataset, as the hub writes it: cc-by-4.0, ...")
+what.add_argument("--license", help="Licence of the images, for the dataset's card, as the hub writes it: cc-by-4.0.")
 views = parser.add_argument_group("views of an image")
 views.add_argument("--image_size", type=whole_number(), help="Side of the crops in pixels (default: the model's).")
 views.add_argument(
@@ -66,10 +66,16 @@ views.add_argument(
     help="Every image in its own size instead, cut to multiples of the patch; each row has a grid of its own.",
 )
 views.add_argument(
-    "--crops", type=int, default=1, choices=(1, 10), help="1: the centre (default). 10: corners, centre, and mirrored."
+    "--crops",
+    type=int,
+    default=1,
+    choices=(1, 10),
+    help="1: the centre (default). 10: four corners and the centre, each also mirrored.",
 )
 views.add_argument(
-    "--ten_crop_ratio", type=float, help="Shorter side in front of ten crops, over --image_size (default: 1.1)."
+    "--ten_crop_ratio",
+    type=float,
+    help="Ten crops are cut from an image whose shorter side is --image_size times this (default: 1.1).",
 )
 views.add_argument("--flip", action="store_true", help="A single crop also mirrored, as a row of its own.")
 how = parser.add_argument_group("how")
@@ -85,7 +91,7 @@ how.add_argument(
     "--dtype",
     default="float32",
     choices=("float32", "bfloat16"),
-    help="Of the encoder. bfloat16 changes some tokens: the share of the first batch is printed and recorded.",
+    help="Of the encoder. bfloat16 changes some tokens; their share in the first batch is printed and recorded.",
 )
 how.add_argument(
     "--num_workers",
@@ -97,7 +103,7 @@ hub = parser.add_argument_group("the hub")
 hub.add_argument("--push_to_hub", metavar="OWNER/NAME", help="Push the finished dataset to this repository.")
 hub.add_argument("--private", action="store_true", help="If the repository is made, make it private.")
 hub.add_argument("--revision", help="Push to this branch, which is made if there is none (default: main).")
-hub.add_argument("--token", help="Of the hub (default: that of `hf auth login`).")
+hub.add_argument("--token", help="Token of the hub (default: that of `hf auth login`).")
 
 
 def provenance_of(args: argparse.Namespace, rows: TokenRows, dataset) -> Provenance:

@@ -32,7 +32,7 @@ parser = CommandParser(__doc__)
 parser.add_argument("folder", type=Path, help="What python -m generation.tokenize_images wrote.")
 drawing = parser.add_argument_group("a picture")
 drawing.add_argument("--decode", type=whole_number(), metavar="ROWS", help="Decode and draw so many rows.")
-drawing.add_argument("--model_name_or_path", help="Their tokenizer (default: where the provenance says it was).")
+drawing.add_argument("--model_name_or_path", help="The tokenizer of the rows (default: as provenance.json says).")
 drawing.add_argument("--output_file", type=Path, help=f"The picture, a PNG (default: {PICTURE} in the folder).")
 drawing.add_argument("--device", type=present_device, help="Default: cuda where there is one.")
 

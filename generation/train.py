@@ -74,7 +74,9 @@ class GeneratorArguments:
     )
     condition_dropout: float = field(
         default=0.1,
-        metadata={"help": "How often an image comes without its condition, which guidance needs; 0: it cannot be had."},
+        metadata={
+            "help": "Share of images that come without their condition, which guidance needs. 0: no guidance later."
+        },
     )
     text_tokenizer: str | None = field(
         default=None, metadata={"help": "For texts: a tokenizer of transformers (hub or folder), saved with the model."}

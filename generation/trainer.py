@@ -29,7 +29,9 @@ class GeneratorTrainingArguments(CommonTrainingArguments):
     weight_decay: float = field(default=0.05, metadata={"help": "Of AdamW (LlamaGen: 0.05)."})
     adam_beta2: float = field(default=0.95, metadata={"help": "Beta 2 of AdamW (LlamaGen: 0.95)."})
     num_pictures: int = field(default=16, metadata={"help": "New images in the picture of each evaluation; 0: none."})
-    picture_guidance: float = field(default=1.0, metadata={"help": "Guidance of these; 1: none."})
+    picture_guidance: float = field(
+        default=1.0, metadata={"help": "Guidance of the pictures of an evaluation; 1: none."}
+    )
 
     def __post_init__(self):
         super().__post_init__()

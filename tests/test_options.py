@@ -241,6 +241,14 @@ def test_every_command_reads_its_options_alike():
     assert not [file for file in files if re.search(r"(argparse\.|Hf)ArgumentParser\(", file.read_text())]
 
 
+def test_every_command_reads_its_options():
+    """Also one that has none: it would begin to work when it is asked for --help."""
+    files = [file for file in ROOT.glob("[!.]*/*.py") if file.parent.name != "tests"] + list(ROOT.glob("*.py"))
+    commands = [file for file in files if '__name__ == "__main__"' in file.read_text()]
+    assert len(commands) > 25
+    assert not [file for file in commands if not re.search(r"CommandParser\(|\bparse\(", file.read_text())]
+
+
 @pytest.mark.parametrize("script", [train_hf, generation.train], ids=lambda module: module.__name__)
 def test_help_of_trainings_teaches(script, monkeypatch, capsys):
     """The docstring as written comes first; then our own options, each once; of transformers', the usual ones."""

@@ -118,10 +118,10 @@ class VQRAETrainingArguments(CommonTrainingArguments):
     token_passes: int = field(
         default=0,
         metadata={
-            "help": "Stage 1 without a learnable projection: crop and tokenize every training image so many times "
-            "before training (kept in output_dir/tokens), and train the decoder alone, on these. Epoch e has the crops "
-            "of pass e modulo token_passes. Unreadable images are listed and left out. 0: off, encoder and quantizer "
-            "run in every step."
+            "help": "For stage 1: crop and tokenize every training image so many times before training (kept in "
+            "output_dir/tokens), and train the decoder alone on these, which saves the encoder in every step. Epoch e "
+            "has the crops of pass e modulo token_passes. Unreadable images are listed and left out. Refused with a "
+            "learnable projection. 0: off."
         },
     )
     encoder_learning_rate: float | None = field(
@@ -164,11 +164,13 @@ class VQRAETrainingArguments(CommonTrainingArguments):
     discriminator_augment: bool = field(
         default=False, metadata={"help": "DiffAugment for what the discriminator sees (RAE)."}
     )
-    discriminator_cutout: float = field(default=0.0, metadata={"help": "Side of DiffAugment's cutout, as a share."})
+    discriminator_cutout: float = field(
+        default=0.0, metadata={"help": "Side of DiffAugment's cutout, as a share of the image's."}
+    )
     max_nonfinite_steps: int = field(
         default=10,
         metadata={
-            "help": "Steps with a loss or gradient that is not finite are skipped; so many in a row end the run."
+            "help": "Steps with a loss or gradient that is not finite are skipped. The run ends after so many in a row."
         },
     )
     num_pictures: int = field(default=16, metadata={"help": "Held-out images in the picture of each evaluation."})
@@ -177,7 +179,7 @@ class VQRAETrainingArguments(CommonTrainingArguments):
     )
     hub_model_id: str | None = field(
         default=None,
-        metadata={"help": "The repository to push to, OWNER/NAME. Default: the name of --output_dir, of yours."},
+        metadata={"help": "The repository to push to, OWNER/NAME. Default: yours, with the name of --output_dir."},
     )
 
     def __post_init__(self):
