@@ -225,6 +225,18 @@ def test_codes_stay_in_fp32(cast, pixels):
     assert torch.equal(model.decode(output.image_tokens).decoded_pixel_values, output.decoded_pixel_values)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "build", [lambda: VQRAEModel(tiny_config(image_size=64, decoder_patch_size=16)), lambda: small_model(image_size=64)]
+)
+def test_pixels_that_come_in_half_precision_are_not_rounded_again_on_the_way(build, dtype):
+    """DeepSpeed and `BatchFeature.to` cast them; resizing and normalising them in bf16 would round three times more."""
+    torch.manual_seed(0)
+    model, pixels = build().eval(), torch.rand(2, 3, 64, 64).to(dtype)
+    features, expected = (model.get_image_features(x).last_hidden_state for x in (pixels, pixels.float()))
+    assert torch.equal(features, expected)
+
+
 @pytest.mark.parametrize(
     "where", [{"": "cpu", "quantizer": "disk"}, {"": "cpu", "quantizer": "disk", "decoder": "disk"}]
 )

@@ -319,6 +319,8 @@ class ImageTokenizer(PreTrainedModel):
         """`_image_features` of pixels that are checked first, without a graph where neither the encoder nor the pixels
         want gradients."""
         grid = self._grid(pixel_values)
+        # resized and normalised in fp32 at least, also where a trainer has cast the pixels
+        pixel_values = pixel_values.to(torch.promote_types(pixel_values.dtype, torch.float32))
         wanted = pixel_values.requires_grad or self._encoder_learns()
         with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):
             return self._image_features(pixel_values, grid, **outputs)
