@@ -399,6 +399,11 @@ class ImageTokenizer(PreTrainedModel):
 
     def _latents_of(self, image_tokens: torch.Tensor) -> torch.Tensor:
         """(B, h, w) tokens -> (B, h * w, width), as the decoder takes them."""
+        if not isinstance(image_tokens, torch.Tensor):
+            raise ValueError(
+                f"image_tokens must be a tensor (B, h, w), got {type(image_tokens).__name__}: pass "
+                "encode(...).image_tokens, or torch.tensor(tokens)."
+            )
         if image_tokens.ndim != 3 or not image_tokens.numel():
             raise ValueError(
                 f"image_tokens must be (B, h, w), got {tuple(image_tokens.shape)}: view a flat sequence of h * w "
@@ -435,8 +440,12 @@ class ImageTokenizer(PreTrainedModel):
             ValueError: another shape, or a number of tokens that does not fit the grid.
         """
         latents, width = quantized_last_hidden_state, self.decoder.in_features
-        if latents.ndim != 3 or latents.shape[-1] != width:
-            raise ValueError(f"Latents must be (B, h * w, {width}), got {tuple(latents.shape)}.")
+        if not isinstance(latents, torch.Tensor) or latents.ndim != 3 or latents.shape[-1] != width:
+            got = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
+            raise ValueError(
+                f"Latents must be a tensor (B, h * w, {width}), got {got}: pass "
+                "encode(...).quantized_last_hidden_state."
+            )
         if grid is None:
             grid = (math.isqrt(latents.shape[1]),) * 2
         if grid[0] * grid[1] != latents.shape[1]:
