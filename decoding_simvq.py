@@ -122,9 +122,15 @@ DecoderOutput = tuple[torch.Tensor, tuple[torch.Tensor, ...] | None, tuple[torch
 
 def selected(states: tuple[torch.Tensor, ...], wanted: bool | list[int]) -> tuple[torch.Tensor | None, ...] | None:
     """What `output_hidden_states` asks for: all, none, or those of some places, also counted from the end (`None` in
-    place of the others), as the models of transformers do."""
+    place of the others), as the models of transformers do. They leave out places that there are not; here these raise
+    ValueError, since who asks for a layer goes on to use it."""
     if isinstance(wanted, bool):
         return states if wanted else None
+    if outside := [place for place in wanted if not -len(states) <= place < len(states)]:
+        raise ValueError(
+            f"output_hidden_states asks for the places {outside}: there are {len(states)}, from {-len(states)} to "
+            f"{len(states) - 1} (0 is in front of the first layer)."
+        )
     kept = {place % len(states) for place in wanted}
     return tuple(state if place in kept else None for place, state in enumerate(states))
 

@@ -64,9 +64,10 @@ def test_downstream_snippets(tmp_path, image_folder):
     VQRAEImageProcessor.for_image_size(32).save_pretrained(tmp_path / "my-tokenizer")
     image_folder.rename(tmp_path / "my_images")
     code = blocks("docs/downstream.md")
-    assert len(code) == 8
+    assert len(code) == 9
     checks = """
-assert inputs_embeds.shape == (2, 16, 64)
+assert features.shape == (2, 16, 64) and inputs_embeds.shape == (2, 16 + 3, 64)
+assert all(parameter.grad is not None for parameter in tower.projector.parameters())
 assert torch.tensor(features_of_images).shape == (2, 1, 16, 32)
 ids = to_ids(tokens)
 assert ids.shape == (2, 18) and ids.max() == end == vocabulary - 1 and ids[:, 1:-1].min() >= words

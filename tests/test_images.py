@@ -20,6 +20,7 @@ from image_processing_simvq import FORMATS, VQRAEImageProcessor, to_rgb
 from reading.files import dataset_of_files, find_images
 from reading.images import EXTENSIONS, decode_image, image_name
 from reading.sources import load_images
+from tokenizer_simvq import VQRAEDecoderOutput
 
 
 SIDE = 32
@@ -154,6 +155,8 @@ def test_without_rescale_floats_in_0_1_stay_and_all_else_is_levels(processor, pi
         (np.zeros((0, SIDE, 3)), "must be"),
         (np.zeros((3, 1, 201), np.uint8), "201 x 1 px is too thin"),
         (Image.new("RGB", (10, 10_000)), "10 x 10,000 px is too thin"),
+        ([], "there are none"),
+        ([[], []], "there are none"),
         ("nowhere/photo.jpg", "nowhere/photo.jpg"),
         ("http://127.0.0.1:9/photo.jpg", "Cannot fetch.*127.0.0.1"),
         (base64.b64encode(b"no image").decode(), "Cannot read"),
@@ -162,6 +165,19 @@ def test_without_rescale_floats_in_0_1_stay_and_all_else_is_levels(processor, pi
 def test_what_is_no_image_is_refused_by_name(processor, image, message):
     with pytest.raises(ValueError, match=message):
         processor(image)
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (torch.rand(3, SIDE, SIDE), r"\(3, 32, 32\)"),
+        (np.zeros((1, 3, SIDE, SIDE)), "got ndarray"),
+        (VQRAEDecoderOutput(), "got VQRAEDecoderOutput: pass decode.*decoded_pixel_values"),
+    ],
+)
+def test_what_are_no_pixels_of_a_model_is_refused_by_name(processor, bad, message):
+    with pytest.raises(ValueError, match=message):
+        processor.postprocess(bad)
 
 
 def test_a_file_too_thin_to_be_resized_is_named_and_a_panorama_is_no_such(processor, tmp_path):

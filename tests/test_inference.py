@@ -140,6 +140,22 @@ def test_hidden_states_and_attentions(pixels):
     assert isinstance(model.get_image_features(pixels, return_dict=False), tuple)
 
 
+@pytest.mark.parametrize("build", [lambda: VQRAEModel(tiny_config()), small_model])
+def test_one_layer_is_asked_for_by_its_number_and_one_that_there_is_not_is_refused(build):
+    """As LLaVA's `vision_feature_layer=-2`; 0 is the first one, and no `False`."""
+    model, pixels = build().eval(), torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    for method in (model.get_image_features, model):
+        states = method(pixels, output_hidden_states=True).hidden_states
+        for place in (0, -2):
+            one = method(pixels, output_hidden_states=place).hidden_states
+            kept = [state is not None for state in one]
+            assert kept == [number == place % len(states) for number in range(len(states))]
+            assert torch.equal(one[place], states[place])
+        for place in (len(states), -len(states) - 1):
+            with pytest.raises(ValueError, match=rf"\[{place}\].*from {-len(states)} to {len(states) - 1}"):
+                method(pixels, output_hidden_states=[place])
+
+
 # Graphs --------------------------------------------------------------------------------------------------------------
 
 
@@ -223,6 +239,18 @@ def test_codes_stay_in_fp32(cast, pixels):
     output = model(pixels)
     assert output.decoded_pixel_values.isfinite().all()
     assert torch.equal(model.decode(output.image_tokens).decoded_pixel_values, output.decoded_pixel_values)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "build", [lambda: VQRAEModel(tiny_config(image_size=64, decoder_patch_size=16)), lambda: small_model(image_size=64)]
+)
+def test_pixels_that_come_in_half_precision_are_not_rounded_again_on_the_way(build, dtype):
+    """DeepSpeed and `BatchFeature.to` cast them; resizing and normalising them in bf16 would round three times more."""
+    torch.manual_seed(0)
+    model, pixels = build().eval(), torch.rand(2, 3, 64, 64).to(dtype)
+    features, expected = (model.get_image_features(x).last_hidden_state for x in (pixels, pixels.float()))
+    assert torch.equal(features, expected)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from decoding_simvq import sincos_positions
 from image_processing_simvq import VQRAEImageProcessor
 from modeling_simvq import VQRAEModel
 from quantization_simvq import VectorQuantizer
+from tokenizer_simvq import VQRAEEncoderOutput
 
 
 @pytest.mark.parametrize("model_type", ENCODERS)
@@ -259,6 +260,8 @@ def test_an_encoder_whose_parts_are_not_known_is_refused():
         (torch.full((1, 4, 4), -1), "-1"),
         (torch.zeros(1, 16, dtype=torch.int64), r"\(B, h, w\)"),
         (torch.zeros(1, 4, 4), "float32"),
+        ([[[1, 2], [3, 4]]], r"got list: pass encode\(\.\.\.\)\.image_tokens, or torch\.tensor"),
+        (VQRAEEncoderOutput(), "got VQRAEEncoderOutput: pass encode"),
     ],
 )
 def test_bad_tokens_are_named(tiny_model, bad, message):
@@ -270,8 +273,9 @@ def test_latents_that_do_not_fill_the_grid_are_named(tiny_model):
     assert tiny_model.decode_latents(torch.randn(1, 15, 32), (3, 5)).decoded_pixel_values.shape == (1, 3, 24, 40)
     with pytest.raises(ValueError, match="15 latents.*3 x 3"):
         tiny_model.decode_latents(torch.randn(1, 15, 32))
-    with pytest.raises(ValueError, match="32"):
-        tiny_model.decode_latents(torch.randn(1, 16, 31))
+    for bad, got in ((torch.randn(1, 16, 31), r"\(1, 16, 31\)"), (VQRAEEncoderOutput(), "VQRAEEncoderOutput")):
+        with pytest.raises(ValueError, match=rf"32\), got {got}: pass encode.*quantized_last_hidden_state"):
+            tiny_model.decode_latents(bad)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

@@ -225,9 +225,13 @@ class VQRAEImageProcessor(TorchvisionBackend):
 
     def _prepare_images_structure(self, images, expected_ndims: int = 3) -> list:
         """Any nesting of images and batches to one list of images. (transformers' own refuses arrays (H, W).)"""
-        images = self.fetch_images(images)
+        if not (images := self._flat(self.fetch_images(images), expected_ndims)):
+            raise ValueError("images: there are none. A list needs at least one; leave out a batch without images.")
+        return images
+
+    def _flat(self, images, expected_ndims: int) -> list:
         if isinstance(images, (list, tuple)):
-            return [image for part in images for image in self._prepare_images_structure(part)]
+            return [image for part in images for image in self._flat(part, expected_ndims)]
         return list(images) if getattr(images, "ndim", 0) == expected_ndims + 1 else [images]
 
     def convert_to_rgb(self, image, input_data_format: str | None = None) -> "PIL.Image.Image":
@@ -252,8 +256,12 @@ class VQRAEImageProcessor(TorchvisionBackend):
         Raises:
             ValueError: not a batch of images.
         """
-        if pixel_values.ndim != 4:
-            raise ValueError(f"pixel_values must be (B, channels, height, width), got {tuple(pixel_values.shape)}.")
+        if not isinstance(pixel_values, torch.Tensor) or pixel_values.ndim != 4:
+            got = tuple(pixel_values.shape) if isinstance(pixel_values, torch.Tensor) else type(pixel_values).__name__
+            raise ValueError(
+                f"pixel_values must be a tensor (B, channels, height, width), got {got}: pass "
+                "decode(...).decoded_pixel_values."
+            )
         pixels = (pixel_values.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
         return [to_pil_image(image.numpy(), do_rescale=False) for image in pixels]
 

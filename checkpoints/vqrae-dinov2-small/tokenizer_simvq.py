@@ -74,8 +74,10 @@ class VQRAEOutput(ModelOutput):
     Args:
         loss (`torch.FloatTensor`, scalar, unless `return_loss=False`):
             `reconstruction_loss + embedding_loss`.
-        last_hidden_state, quantized_last_hidden_state (`torch.FloatTensor` of shape `(B, h * w, encoder width)`):
-            Continuous and quantized features, see [`VQRAEEncoderOutput`].
+        last_hidden_state (`torch.FloatTensor` of shape `(B, h * w, encoder width)`):
+            Continuous features, not quantized.
+        quantized_last_hidden_state (`torch.FloatTensor` of shape `(B, h * w, config.decoder_in_features)`):
+            The codes of the image tokens, as the decoder takes them, see [`VQRAEEncoderOutput`].
         image_tokens (`torch.LongTensor` of shape `(B, h, w)`):
             Indices into the codebook.
         decoded_pixel_values (`torch.FloatTensor` of shape `(B, channels, height, width)`):
@@ -319,6 +321,8 @@ class ImageTokenizer(PreTrainedModel):
         """`_image_features` of pixels that are checked first, without a graph where neither the encoder nor the pixels
         want gradients."""
         grid = self._grid(pixel_values)
+        # resized and normalised in fp32 at least, also where a trainer has cast the pixels
+        pixel_values = pixel_values.to(torch.promote_types(pixel_values.dtype, torch.float32))
         wanted = pixel_values.requires_grad or self._encoder_learns()
         with torch.set_grad_enabled(torch.is_grad_enabled() and wanted):
             return self._image_features(pixel_values, grid, **outputs)
@@ -331,7 +335,7 @@ class ImageTokenizer(PreTrainedModel):
     def get_image_features(
         self,
         pixel_values: torch.Tensor,
-        output_hidden_states: bool | list[int] | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
     ) -> BaseModelOutputWithPooling:
         """Continuous features, for understanding.
@@ -339,7 +343,8 @@ class ImageTokenizer(PreTrainedModel):
         Args:
             pixel_values: as in `encode`.
             output_hidden_states: also what each layer of the encoder gives, prefix tokens (cls, registers) included; or
-                the places of those that are wanted, 0 in front of the first layer.
+                the place of the one that is wanted, or a list of places, 0 in front of the first layer, -1 behind the
+                last. `hidden_states[place][:, -h * w:]` are the patches.
             output_attentions: also its attentions, where it runs with eager attention.
             return_dict: `False` gives a tuple.
 
@@ -348,16 +353,19 @@ class ImageTokenizer(PreTrainedModel):
             encoder, if asked for. There is no `pooler_output`.
 
         Raises:
-            ValueError: as `encode`.
+            ValueError: as `encode`; or a place that there is not.
         """
         return self._checked_features(pixel_values, **self._asked_for(output_hidden_states, output_attentions))[0]
 
     def _asked_for(
-        self, output_hidden_states: bool | list[int] | None, output_attentions: bool | None
+        self, output_hidden_states: bool | int | list[int] | None, output_attentions: bool | None
     ) -> dict[str, bool]:
         """The arguments, or what the configuration says."""
         given = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
-        return {name: getattr(self.config, name) if value is None else value for name, value in given.items()}
+        asked = {name: getattr(self.config, name) if value is None else value for name, value in given.items()}
+        if type(asked["output_hidden_states"]) is int:  # a place; 0 is no `False`
+            asked["output_hidden_states"] = [asked["output_hidden_states"]]
+        return asked
 
     def _normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         return (pixels - self._channels(self.config.image_mean, pixels)) / self._channels(self.config.image_std, pixels)
@@ -391,6 +399,11 @@ class ImageTokenizer(PreTrainedModel):
 
     def _latents_of(self, image_tokens: torch.Tensor) -> torch.Tensor:
         """(B, h, w) tokens -> (B, h * w, width), as the decoder takes them."""
+        if not isinstance(image_tokens, torch.Tensor):
+            raise ValueError(
+                f"image_tokens must be a tensor (B, h, w), got {type(image_tokens).__name__}: pass "
+                "encode(...).image_tokens, or torch.tensor(tokens)."
+            )
         if image_tokens.ndim != 3 or not image_tokens.numel():
             raise ValueError(
                 f"image_tokens must be (B, h, w), got {tuple(image_tokens.shape)}: view a flat sequence of h * w "
@@ -413,7 +426,7 @@ class ImageTokenizer(PreTrainedModel):
         self,
         quantized_last_hidden_state: torch.Tensor,
         grid: tuple[int, int] | None = None,
-        output_hidden_states: bool | list[int] | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
     ) -> VQRAEDecoderOutput:
         """Latents to images. Without fused latents (`pixel_weight`), continuous features work too (an RAE).
@@ -427,8 +440,12 @@ class ImageTokenizer(PreTrainedModel):
             ValueError: another shape, or a number of tokens that does not fit the grid.
         """
         latents, width = quantized_last_hidden_state, self.decoder.in_features
-        if latents.ndim != 3 or latents.shape[-1] != width:
-            raise ValueError(f"Latents must be (B, h * w, {width}), got {tuple(latents.shape)}.")
+        if not isinstance(latents, torch.Tensor) or latents.ndim != 3 or latents.shape[-1] != width:
+            got = tuple(latents.shape) if isinstance(latents, torch.Tensor) else type(latents).__name__
+            raise ValueError(
+                f"Latents must be a tensor (B, h * w, {width}), got {got}: pass "
+                "encode(...).quantized_last_hidden_state."
+            )
         if grid is None:
             grid = (math.isqrt(latents.shape[1]),) * 2
         if grid[0] * grid[1] != latents.shape[1]:
@@ -462,7 +479,7 @@ class ImageTokenizer(PreTrainedModel):
         pixel_values: torch.Tensor,
         image_tokens: torch.Tensor | None = None,
         return_loss: bool = True,
-        output_hidden_states: bool | list[int] | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
     ) -> VQRAEOutput:
         """Encodes and decodes.
