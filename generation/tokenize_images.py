@@ -34,12 +34,13 @@ from eval.commands import CommandParser, ends_in_one_line
 from eval.files import write_whole
 from eval.options import add_source_options, present_device, whole_number
 from eval.results import library_versions
-from generation.card import PICTURE, dataset_card, draw_rows, shown, spread_rows, write_card
+from generation.card import PICTURE, dataset_card, draw_rows, spread_rows, write_card
 from generation.provenance import OF_TOKENS, PROVENANCE, RUN, Provenance
 from generation.shards import Plan, loader, shard_info, shard_path, split_name, write_shard
 from generation.source import labels_and_texts, open_images, source_hash
 from generation.tokenizing import TokenRows, prepare
 from reading.models import load_any
+from reading.sources import public_name
 from reading.wording import counted
 
 
@@ -275,7 +276,7 @@ def push(
     mine = [RUN, PROVENANCE, "README.md", "unfinished-*"]
     hub.upload_folder(**where, folder_path=folder, ignore_patterns=mine, commit_message="Image tokens")
     there = Provenance.load(folder)
-    public = replace(there, source=shown(there.source), model_name_or_path=shown(there.model_name_or_path))
+    public = replace(there, source=public_name(there.source), model_name_or_path=public_name(there.model_name_or_path))
     last = {
         "README.md": str(dataset_card(url.repo_id, there, columns, license)),
         PROVENANCE: json.dumps(asdict(public), indent=2) + "\n",

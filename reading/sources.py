@@ -28,6 +28,22 @@ RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")  # of the shell: {000..012}
 # What a path or a name is --------------------------------------------------------------------------------------------
 
 
+def is_path(name: str) -> bool:
+    """Whether a name is a path on this machine: something lies there, or it can be nothing else."""
+    is_archive = Path(name).suffix.lower() in ARCHIVES and "://" not in name  # also a pattern of many
+    return os.path.exists(name) or os.path.isabs(name) or is_archive
+
+
+def is_on_hub(name: str) -> bool:
+    """Whether a name is one of the hub."""
+    return bool(NAME_ON_HUB.fullmatch(name)) and not is_path(name)
+
+
+def public_name(name: str) -> str:
+    """What others may read of a name: of a path on this machine its last part alone."""
+    return Path(os.path.abspath(name)).name if is_path(name) else name
+
+
 @dataclass
 class Source:
     """What a path or a name is, see `find_source`.

@@ -20,7 +20,7 @@ from eval import probe, reference_statistics
 from generation import tokenize_images
 from modeling_simvq import VQRAEModel
 from reading.images import decode_image, image_name
-from reading.sources import find_source, load_images, open_source
+from reading.sources import find_source, is_on_hub, is_path, load_images, open_source, public_name
 from train_hf import DataArguments, load_data
 from training.options import refuse_without_effect, rules_of_data
 
@@ -221,6 +221,24 @@ def test_a_zip_that_changed_is_unpacked_again(tmp_path):
     assert numbers_of(load_images(tmp_path / "a.zip")) == [1, 11]
     write_zip(tmp_path / "a.zip", [2, 3, 11])
     assert numbers_of(load_images(tmp_path / "a.zip")) == [2, 3, 11]
+
+
+@pytest.mark.parametrize(
+    "name, is_a_path, public",
+    [
+        ("org/images", False, "org/images"),
+        ("nobody/{000..012}.tar", True, "{000..012}.tar"),
+        ("/home/me/gone/*.parquet", True, "*.parquet"),
+        ("/home/me/gone", True, "gone"),
+        (".", True, None),
+        ("https://host/data.tar", False, "https://host/data.tar"),
+        ('{"codebook_size": 64}', False, '{"codebook_size": 64}'),
+    ],
+)
+def test_of_a_path_others_read_the_last_part_alone(name, is_a_path, public, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert is_path(name) == is_a_path and public_name(name) == (public or tmp_path.name)
+    assert is_on_hub(name) == (name == "org/images")
 
 
 @pytest.mark.parametrize(
