@@ -41,7 +41,7 @@ from generation.source import labels_and_texts, open_images, source_hash
 from generation.tokenizing import TokenRows, prepare
 from reading.models import load_any
 from reading.sources import public_name
-from reading.wording import counted
+from reading.wording import counted, one_of_processes
 
 
 UNREADABLE = "unreadable_images.txt"
@@ -336,15 +336,15 @@ def main() -> None:
 
     load_size = max(1, min(args.batch_size, VIEWS_IN_A_LOAD) // len(rows.views.places))
     plan = Plan(dataset, args.shard_size, load_size, wanted_here, provenance.num_images)
-    mine, workers = plan.shards(), args.num_workers
-    total = None if mine is None else min(len(mine) * args.shard_size, plan.num_images)
+    workers = args.num_workers
     if workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         workers = min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
     if there and state.is_main_process:
         print(f"{counted(len(there), 'shard is', 'shards are')} there already.", flush=True)
     begin = time.perf_counter()
-    with tqdm(total=total, unit="image", desc="Tokenizing", disable=not state.is_main_process) as bar:
+    title = one_of_processes("Tokenizing", count)
+    with tqdm(total=plan.count(), unit="image", desc=title, disable=not state.is_main_process) as bar:
         tokens = write_shards(plan, rows, folder, provenance, workers, bar)
     tokens = sum(gather_object([tokens]))  # waits for all
     seconds = time.perf_counter() - begin
