@@ -223,6 +223,20 @@ def test_a_zip_that_changed_is_unpacked_again(tmp_path):
     assert numbers_of(load_images(tmp_path / "a.zip")) == [2, 3, 11]
 
 
+def test_images_of_the_same_name_in_two_zips_have_different_names(tmp_path):
+    """One and the same key in a dataset of tokens would make one image of two."""
+    write_zip(tmp_path / "data" / "a.zip", [1, 11])
+    with zipfile.ZipFile(tmp_path / "data" / "b.zip", "w") as archive:
+        archive.writestr("blue/0001.png", encoded(5))
+    rows = list(open_source(tmp_path / "data"))
+    assert [image_name(row["image"]) for row in rows] == [
+        "a.zip/blue/0001.png",
+        "a.zip/red/0011.png",
+        "b.zip/blue/0001.png",
+    ]
+    assert numbers_of(rows) == [1, 11, 5] and [row["label"] for row in rows] == [0, 1, 0]
+
+
 @pytest.mark.parametrize(
     "name, is_a_path, public",
     [
