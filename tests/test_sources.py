@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 import tarfile
 import zipfile
@@ -235,6 +236,22 @@ def test_images_of_the_same_name_in_two_zips_have_different_names(tmp_path):
         "b.zip/blue/0001.png",
     ]
     assert numbers_of(rows) == [1, 11, 5] and [row["label"] for row in rows] == [0, 1, 0]
+
+
+def test_a_list_is_in_utf_8_and_may_begin_with_its_mark(tmp_path):
+    (tmp_path / "blühend 1.png").write_bytes(encoded(3))
+    written = f"{tmp_path / 'blühend 1.png'}\n"
+    (tmp_path / "list.txt").write_text(written, "utf-8-sig")
+    assert numbers_of(open_source(tmp_path / "list.txt")) == [3]
+    (tmp_path / "list.txt").write_text(written, "latin-1")
+    with pytest.raises(ValueError, match=r"list.txt is not in UTF-8 \(.*\): save it so"):
+        open_source(tmp_path / "list.txt")
+
+
+def test_a_file_whose_name_is_not_in_utf_8_is_named(tmp_path):
+    (tmp_path / os.fsdecode(b"bl\xfchend.png")).write_bytes(encoded(3))
+    with pytest.raises(ValueError, match=r"bl.udcfchend.png' is not in UTF-8: rename it"):
+        open_source(tmp_path)
 
 
 @pytest.mark.parametrize(
