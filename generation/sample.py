@@ -126,7 +126,8 @@ def write_samples(output: Path, names: dict, settings: dict, called: list, count
     Args:
         names: where generator and tokenizer are, which the images do not depend on.
     """
-    count = max(count, 1 + max((int(file.stem) for file in output.glob("[0-9]*.png")), default=-1))
+    numbers = (int(file.stem) for file in output.glob("[0-9]*.png") if file.stem.isdecimal())  # no "000001 copy.png"
+    count = max(count, 1 + max(numbers, default=-1))
     images = [
         {"file": f"{i:06d}.png", "seed": settings["seed"] + i, "condition": called[i % len(called)]}
         for i in range(count)

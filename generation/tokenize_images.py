@@ -292,7 +292,9 @@ def main() -> None:
     if not args.push_to_hub and (args.private or args.revision):
         parser.error("--private and --revision have no effect without --push_to_hub")
     split_name(args.split)  # before anything is read
-    ten_crop_ratio = args.ten_crop_ratio or (1.1 if args.crops == 10 else None)
+    ten_crop_ratio = args.ten_crop_ratio
+    if ten_crop_ratio is None and args.crops == 10:
+        ten_crop_ratio = 1.1
     on_cpu = args.device is not None and args.device.type == "cpu"
     # processes wait for the slowest one at the end
     state = PartialState(cpu=on_cpu or not torch.cuda.is_available(), timeout=timedelta(weeks=4))

@@ -500,6 +500,7 @@ def test_a_folder_of_something_else_is_left_alone(work):
         (("--native_size", "--image_size", "32"), "no effect beside native_size"),
         (("--split", "[:3]"), "must begin with the name of a split"),
         (("--private",), "no effect without --push_to_hub"),
+        (("--crops", "10", "--ten_crop_ratio", "0"), "ten_crop_ratio must be at least 1"),
     ],
 )
 def test_mistakes_end_in_one_line_and_leave_nothing(work, more, message):
