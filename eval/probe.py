@@ -160,7 +160,8 @@ def markdown(result: dict) -> str:
 
     for name, row in result["rows"].items():
         share = row["knn"]["of_the_encoders"]
-        lines.append(f"| {name} | {cell(row['knn'])} | {share:.2f} | {cell(row['logistic'])} |")
+        share = "-" if share is None else f"{share:.2f}"
+        lines.append(f"| {name} | {cell(row['knn'])} | {share} | {cell(row['logistic'])} |")
     lines.append(f"| always the most frequent class | {result['baseline']:.1%} | | {result['baseline']:.1%} |")
     lines.append(
         f"\n{result['num_images']} images of {len(result['classes'])} classes: {', '.join(result['classes'])}."

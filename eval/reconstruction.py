@@ -56,7 +56,7 @@ from reading.files import dataset_of_files, match_images
 from reading.images import shown_path
 from reading.models import exact_float32, load_any
 from reading.sources import find_source, load_images
-from reading.wording import counted
+from reading.wording import counted, one_of_processes
 
 
 class ModelReconstruction:
@@ -199,7 +199,7 @@ def evaluate(
     bar = tqdm(
         total=total,
         initial=sum(len(batches[i]) for i in own[:done]),
-        desc=description,
+        desc=one_of_processes(description, state.num_processes),
         unit="image",
         disable=not state.is_main_process,
     )

@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, file_exists, hf_hub_do
 
 from eval.files import sha256_of_files, write_whole
 from eval.pictures import as_html, rows_of, save_rows
+from reading.sources import is_on_hub
 from reading.wording import counted
 
 
@@ -225,7 +226,7 @@ def evaluation_results(result: dict, file_hash: str | None = None) -> list[EvalR
         file_hash: of the file of weights that was measured, see `weights_file_hash`.
     """
     data, protocol = result["data"], result["protocol"]["name"]
-    name, on_hub = Path(data["name"]).name, data["split"] is not None
+    name, on_hub = Path(data["name"]).name, data["split"] is not None and is_on_hub(data["name"])
     of = f"protocol {protocol}, {counted(result['num_images'], 'image')} of {result['image_size']} px"
     arguments = {"protocol": protocol, "image_size": result["image_size"], "num_images": result["num_images"]}
     arguments |= {"pixels_sha256": data["pixels_sha256"]} | ({"model_sha256": file_hash} if file_hash else {})

@@ -1,6 +1,5 @@
 """README.md of a dataset of tokens, with a picture of decoded rows."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from eval.pictures import save_rows
 from generation.provenance import Provenance
 from generation.shards import split_name
 from modeling_simvq import ImageTokenizer
+from reading.sources import is_on_hub, public_name
 
 
 PICTURE = "decoded.png"
@@ -64,11 +64,6 @@ All of it, for programs: `provenance.json`. Licence: {license}.
 """
 
 
-def shown(name_or_path: str) -> str:
-    """A name of the hub as it is, a path of this machine by its last part."""
-    return Path(name_or_path).resolve().name if os.path.exists(name_or_path) else name_or_path
-
-
 def dataset_card(name: str, provenance: Provenance, columns: list[str], license: str | None = None) -> DatasetCard:
     """README.md.
 
@@ -78,7 +73,7 @@ def dataset_card(name: str, provenance: Provenance, columns: list[str], license:
         columns: of its rows.
         license: of the images, as the hub writes it ("cc-by-4.0"); `None`: it was not given.
     """
-    split, source = split_name(provenance.split), shown(provenance.source)
+    split, source = split_name(provenance.split), public_name(provenance.source)
     data = DatasetCardData(
         license=license,
         pretty_name=name.split("/")[-1],
@@ -86,7 +81,7 @@ def dataset_card(name: str, provenance: Provenance, columns: list[str], license:
         task_categories=["text-to-image" if "text" in columns else "unconditional-image-generation"],
         size_categories=[next((size for most, size in SIZES if provenance.num_rows < most), "100B<n<1T")],
         configs=[{"config_name": "default", "data_files": [{"split": split, "path": f"{split}-*.parquet"}]}],
-        source_datasets=None if os.path.exists(provenance.source) else [source],
+        source_datasets=[source] if is_on_hub(provenance.source) else None,
     )
     more = {"label": "class of the image", "text": "caption of the image"}
     wide = "uint16" if provenance.codebook_size <= 2**16 else "uint32"
@@ -103,7 +98,7 @@ def dataset_card(name: str, provenance: Provenance, columns: list[str], license:
         dtype=wide,
         patch_size=provenance.patch_size,
         columns="\n".join(f"| `{column}` | {more[column]} |" for column in columns if column in more),
-        tokenizer=f"`{shown(provenance.model_name_or_path)}`"
+        tokenizer=f"`{public_name(provenance.model_name_or_path)}`"
         + (f", revision `{provenance.revision}`" if provenance.revision else ""),
         tokenizer_hash=provenance.tokenizer_hash,
         transform=_transform(provenance),

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
@@ -50,8 +51,8 @@ def images(folder: Path, provenance: Provenance) -> Iterator[tuple[int, np.ndarr
     with tqdm(total=provenance.num_rows, unit="row", desc="Exporting") as bar:
         for number in range(number_of):
             with pq.ParquetFile(shard_path(folder, provenance.split, number)) as file:
-                names = file.schema_arrow.names
-                if "label" not in names or str(file.schema_arrow.field("label").type) not in ("int64", "int32"):
+                schema = file.schema_arrow
+                if "label" not in schema.names or not pa.types.is_integer(schema.field("label").type):
                     raise ValueError(f"{folder} has no labels that are numbers: these formats need a class an image.")
                 # rows of an image follow each other
                 for batch in file.iter_batches(1000 * provenance.rows_of_image, columns=["image_tokens", "label"]):

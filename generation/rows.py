@@ -9,6 +9,7 @@ import torch
 
 from generation.provenance import Provenance
 from generation.vocabulary import Vocabulary
+from reading.columns import with_classes
 from reading.wording import counted
 
 
@@ -30,6 +31,8 @@ def load_rows(folder: str | Path) -> tuple[datasets.Dataset, Provenance]:
     provenance = Provenance.load(folder)
     if not provenance.finished:
         raise ValueError(f"{folder} is not finished: give the command that makes it again, it goes on where it was.")
+    if "label" in rows.column_names:  # a stream has names of classes, and no list of them
+        rows = with_classes(rows)
     return rows, provenance
 
 

@@ -39,7 +39,7 @@ from generation.sampling import (
 )
 from generation.vocabulary import Vocabulary
 from image_processing_simvq import VQRAEImageProcessor, read_image
-from reading.wording import counted
+from reading.wording import counted, one_of_processes
 from training.hub import on_main_process
 
 
@@ -131,7 +131,8 @@ def write_samples(output: Path, names: dict, settings: dict, called: list, count
     Args:
         names: where generator and tokenizer are, which the images do not depend on.
     """
-    count = max(count, 1 + max((int(file.stem) for file in output.glob("[0-9]*.png")), default=-1))
+    numbers = (int(file.stem) for file in output.glob("[0-9]*.png") if file.stem.isdecimal())  # no "000001 copy.png"
+    count = max(count, 1 + max(numbers, default=-1))
     images = [
         {"file": f"{i:06d}.png", "seed": settings["seed"] + i, "condition": called[i % len(called)]}
         for i in range(count)
@@ -189,7 +190,8 @@ def main() -> None:
     if len(missing) < args.num_images and state.is_main_process:
         print(f"{counted(args.num_images - len(missing), 'image is', 'images are')} there already.")
     own = missing[state.process_index :: state.num_processes]
-    with tqdm(total=len(own), unit="image", desc="Images", disable=not state.is_local_main_process) as bar:
+    title = one_of_processes("Images", state.num_processes)
+    with tqdm(total=len(own), unit="image", desc=title, disable=not state.is_main_process) as bar:
         for start in range(0, len(own), args.batch_size):
             numbers = own[start : start + args.batch_size]
             images = generate_images(

@@ -106,6 +106,13 @@ class Plan:
             return None
         return [shard for shard in range(-(-self.num_images // self.shard_size)) if self.wanted(shard)]
 
+    def count(self) -> int | None:
+        """How many images this process will read; `None` where the end is not known."""
+        shards = self.shards()
+        if shards is None:
+            return None
+        return sum(min(self.shard_size, self.num_images - shard * self.shard_size) for shard in shards)
+
     def __iter__(self) -> Iterator[tuple[int, list]]:
         shards = self.shards()
         if shards is None:

@@ -34,13 +34,14 @@ from eval.commands import CommandParser, ends_in_one_line
 from eval.files import write_whole
 from eval.options import add_source_options, present_device, whole_number
 from eval.results import library_versions
-from generation.card import PICTURE, dataset_card, draw_rows, shown, spread_rows, write_card
+from generation.card import PICTURE, dataset_card, draw_rows, spread_rows, write_card
 from generation.provenance import OF_TOKENS, PROVENANCE, RUN, Provenance
 from generation.shards import Plan, loader, shard_info, shard_path, split_name, write_shard
 from generation.source import labels_and_texts, open_images, source_hash
 from generation.tokenizing import TokenRows, prepare
 from reading.models import load_any
-from reading.wording import counted
+from reading.sources import public_name
+from reading.wording import counted, one_of_processes
 
 
 UNREADABLE = "unreadable_images.txt"
@@ -281,7 +282,7 @@ def push(
     mine = [RUN, PROVENANCE, "README.md", "unfinished-*"]
     hub.upload_folder(**where, folder_path=folder, ignore_patterns=mine, commit_message="Image tokens")
     there = Provenance.load(folder)
-    public = replace(there, source=shown(there.source), model_name_or_path=shown(there.model_name_or_path))
+    public = replace(there, source=public_name(there.source), model_name_or_path=public_name(there.model_name_or_path))
     last = {
         "README.md": str(dataset_card(url.repo_id, there, columns, license)),
         PROVENANCE: json.dumps(asdict(public), indent=2) + "\n",
@@ -297,7 +298,9 @@ def main() -> None:
     if not args.push_to_hub and (args.private or args.revision):
         parser.error("--private and --revision have no effect without --push_to_hub")
     split_name(args.split)  # before anything is read
-    ten_crop_ratio = args.ten_crop_ratio or (1.1 if args.crops == 10 else None)
+    ten_crop_ratio = args.ten_crop_ratio
+    if ten_crop_ratio is None and args.crops == 10:
+        ten_crop_ratio = 1.1
     on_cpu = args.device is not None and args.device.type == "cpu"
     # processes wait for the slowest one at the end
     state = PartialState(cpu=on_cpu or not torch.cuda.is_available(), timeout=timedelta(weeks=4))
@@ -341,15 +344,15 @@ def main() -> None:
 
     load_size = max(1, min(args.batch_size, VIEWS_IN_A_LOAD) // len(rows.views.places))
     plan = Plan(dataset, args.shard_size, load_size, wanted_here, provenance.num_images)
-    mine, workers = plan.shards(), args.num_workers
-    total = None if mine is None else min(len(mine) * args.shard_size, plan.num_images)
+    workers = args.num_workers
     if workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         workers = min(8, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
     if there and state.is_main_process:
         print(f"{counted(len(there), 'shard is', 'shards are')} there already.", flush=True)
     begin = time.perf_counter()
-    with tqdm(total=total, unit="image", desc="Tokenizing", disable=not state.is_main_process) as bar:
+    title = one_of_processes("Tokenizing", count)
+    with tqdm(total=plan.count(), unit="image", desc=title, disable=not state.is_main_process) as bar:
         tokens = write_shards(plan, rows, folder, provenance, workers, bar)
     tokens = sum(gather_object([tokens]))  # waits for all
     seconds = time.perf_counter() - begin

@@ -70,6 +70,10 @@ class GeneratorTrainer(CheckpointingTrainer):
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, data_collator=Collate(vocabulary), **kwargs
         )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:  # new images are painted by one process alone
+            raise ValueError(
+                "FSDP and DeepSpeed are not supported for generators: start with `accelerate launch --multi_gpu` (DDP)."
+            )
         self.vocabulary, self.frequencies = vocabulary, frequencies or {}
         self.tokenizer, self.picture_conditions = tokenizer, picture_conditions or []
         self.add_callback(EpochOfCrops(train_dataset.draws))

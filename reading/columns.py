@@ -45,8 +45,8 @@ def bring_columns(dataset, name: str, wanted: tuple[str, ...], given: dict[str, 
         raise ValueError(f"{name}: images, labels and captions must be different columns, got {chosen}.")
     dataset = _select(dataset, chosen)
     dataset = dataset.cast_column("image", datasets.Image(decode=False))
-    if "label" in chosen and isinstance(dataset, datasets.Dataset) and _is_string(dataset.features["label"]):
-        dataset = _with_classes(dataset)
+    if "label" in chosen and isinstance(dataset, datasets.Dataset):
+        dataset = with_classes(dataset)
     if all(role == column for role, column in chosen.items()):
         return dataset, ""
     told = [f"{WHAT[role]} from '{column}'" for role, column in chosen.items()]
@@ -135,8 +135,11 @@ def _picked(row: dict, chosen: dict[str, str]) -> dict:
     return values
 
 
-def _with_classes(dataset: datasets.Dataset) -> datasets.Dataset:
-    """Labels that are strings as a `ClassLabel`; the images are not written anew."""
+def with_classes(dataset: datasets.Dataset) -> datasets.Dataset:
+    """A dataset with a column `label`, whose labels, if they are strings, become a `ClassLabel`; the other columns are
+    not written anew."""
+    if not _is_string(dataset.features["label"]):
+        return dataset
     names = sorted(name for name in dataset.unique("label") if name is not None)
     numbers = {name: number for number, name in enumerate(names)}
     labels = [numbers.get(name) for name in dataset["label"]]

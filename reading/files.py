@@ -24,7 +24,11 @@ def find_images(path: str | Path) -> list[Path]:
         return images_among(files_below(path), path)
     if path.suffix != ".txt" or not path.is_file():
         raise ValueError(no_images_there(path))
-    files = [Path(line) for line in path.read_text().splitlines() if line.strip()]
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not in UTF-8 ({error}): save it so, for names of files to be told.") from error
+    files = [Path(line) for line in lines if line.strip()]
     missing = [file for file in files if not file.is_file()]
     if missing:
         raise ValueError(
@@ -55,6 +59,11 @@ def images_among(found: list[Path], folder: Path) -> list[Path]:
 def _some(files: list[Path], path: Path) -> list[Path]:
     if not files:
         raise ValueError(f"No images in {path}: looked for {', '.join(sorted(EXTENSIONS))}, also in its subfolders.")
+    for file in files:
+        try:
+            str(file).encode()
+        except UnicodeEncodeError as error:  # an old disk's; no table can hold it
+            raise ValueError(f"The name of the file {ascii(str(file))} is not in UTF-8: rename it.") from error
     return files
 
 

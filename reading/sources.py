@@ -28,6 +28,22 @@ RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")  # of the shell: {000..012}
 # What a path or a name is --------------------------------------------------------------------------------------------
 
 
+def is_path(name: str) -> bool:
+    """Whether a name is a path on this machine: something lies there, or it can be nothing else."""
+    is_archive = Path(name).suffix.lower() in ARCHIVES and "://" not in name  # also a pattern of many
+    return os.path.exists(name) or os.path.isabs(name) or is_archive
+
+
+def is_on_hub(name: str) -> bool:
+    """Whether a name is one of the hub."""
+    return bool(NAME_ON_HUB.fullmatch(name)) and not is_path(name)
+
+
+def public_name(name: str) -> str:
+    """What others may read of a name: of a path on this machine its last part alone."""
+    return Path(os.path.abspath(name)).name if is_path(name) else name
+
+
 @dataclass
 class Source:
     """What a path or a name is, see `find_source`.
@@ -152,19 +168,20 @@ def _expand(name: str) -> list[str]:
 
 
 def _unzipped(archive: Path) -> Path:
-    """The folder, in the cache of `datasets`, with what a zip holds: reading one image of it would read the list of all
-    that is in it. Written beside and renamed, as several processes may want it, and be ended."""
+    """The folder, in the cache of `datasets` and of the zip's name, with what a zip holds: reading one image of it
+    would read the list of all that is in it. Written beside and renamed, as several processes may want it, and be
+    ended."""
     status = archive.stat()
     identity = hashlib.sha256(f"{archive.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "unzipped" / identity[:32]
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / "archives" / identity[:32]
     if folder.is_dir():
-        return folder
+        return folder / archive.name
     say(f"Unpacking {archive} into {folder}, the first time.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
         try:
             with zipfile.ZipFile(archive) as content:
-                content.extractall(Path(unfinished) / "all")
+                content.extractall(Path(unfinished) / "all" / archive.name)
         except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:  # damaged; a password; a rare format
             raise ValueError(f"{archive} cannot be unpacked: {error}") from error
         try:
@@ -172,7 +189,7 @@ def _unzipped(archive: Path) -> Path:
         except OSError:
             if not folder.is_dir():  # by another process, in the meantime
                 raise
-    return folder
+    return folder / archive.name
 
 
 # Its images, labels and captions -------------------------------------------------------------------------------------
@@ -243,7 +260,9 @@ def _dataset_of_source(source: Source, wanted: tuple[str, ...]) -> datasets.Data
     if not source.folders:
         return dataset_of_files(source.images)
     below = [file.relative_to(source.folders[file]) for file in source.images]
-    paths = [f"{source.folders[file]}{BELOW}{path}" for file, path in zip(source.images, below)]
+    several = len({*source.folders.values()}) > 1  # zips: names in them may be the same, their own belong to those
+    roots = [source.folders[file].parent if several else source.folders[file] for file in source.images]
+    paths = [f"{root}{BELOW}{file.relative_to(root)}" for file, root in zip(source.images, roots)]
     columns = {"image": paths}
     features = {"image": datasets.Image(decode=False)}
     folders = [path.parts[:-1] for path in below]

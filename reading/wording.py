@@ -15,6 +15,16 @@ def counted(number: int, one: str, many: str | None = None) -> str:
     return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
+def one_of_processes(title: str, processes: int) -> str:
+    """The title of a progress bar that counts the work of one process alone.
+
+    Args:
+        title: of the bar.
+        processes: that share the work.
+    """
+    return title if processes == 1 else f"{title} (one of {processes} processes)"
+
+
 def did_you_mean(given: str, known: Iterable[str]) -> str:
     """What is put behind a name that is none of the known ones, with its colon and in place of a full stop.
 

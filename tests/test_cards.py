@@ -81,6 +81,16 @@ def test_a_path_of_this_machine_is_no_metadata(tmp_path):
     assert card.data.base_model is None and card.data.datasets is None and str(tmp_path) not in str(card)
 
 
+def test_a_pattern_of_files_on_this_machine_is_no_metadata(tmp_path):
+    """It names no file that is there."""
+    card = card_of(tmp_path, train_data=f"{tmp_path}/{{000..012}}.tar", license="mit")
+    assert card.data.datasets is None and str(tmp_path) not in str(card)
+    result = result_of(112, f"{tmp_path}/*.parquet", "train")
+    assert {entry.dataset_type for entry in evaluation_results(result)} == {"imagefolder"}
+    text = str(dataset_card("mine", tokens(8, f"{tmp_path}/*.parquet"), []))
+    assert str(tmp_path) not in text and "source_datasets" not in text
+
+
 def test_the_metadata_of_the_tokenizer_in_the_box():
     path = ROOT / "checkpoints" / "vqrae-dinov2-small" / "README.md"
     check_model(ModelCard.load(path))

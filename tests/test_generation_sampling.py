@@ -1,11 +1,14 @@
 """Drawing images with transformers' generate: against a loop written out, and what a seed decides."""
 
+import json
+
 import pytest
 import torch
 from generators import make_tokenizer
 from test_generation_vocabulary import of_kind, vocabulary
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from generation.sample import SAMPLES, write_samples
 from generation.sampling import SeededCodes, generate_tokens, load_generator, load_painter
 from reading.models import tokenizer_hash
 
@@ -169,3 +172,12 @@ def test_a_generator_of_another_vocabulary_grid_or_tokenizer_is_refused(tmp_path
     vocabulary(height=3).save(tmp_path / "generator")
     with pytest.raises(ValueError, match="A grid of 3 x 3 needs 10 positions, and the model has 7"):
         load_generator(str(tmp_path / "generator"))
+
+
+def test_a_copy_of_an_image_beside_the_others_is_none_of_them(tmp_path):
+    """Such as file managers make."""
+    for name in ("000002.png", "000001 copy.png", "0000000007 (1).png"):
+        (tmp_path / name).touch()
+    write_samples(tmp_path, {}, {"seed": 5}, ["a"], 2)
+    listed = json.loads((tmp_path / SAMPLES).read_text())["images"]
+    assert [image["file"] for image in listed] == [f"{i:06d}.png" for i in range(3)]

@@ -3,6 +3,7 @@
 import json
 import signal
 
+import datasets
 import pytest
 import torch
 from generators import TINY, run_training, write_tokens
@@ -13,8 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from generation import train
 from generation.rows import ImageSequences, load_rows
 from generation.sampling import generate_tokens, load_generator
-from generation.trainer import GeneratorTrainingArguments
+from generation.trainer import GeneratorTrainer, GeneratorTrainingArguments
 from generation.vocabulary import Vocabulary
+from training.checkpoints import CheckpointingTrainer
 from training.options import parse
 
 
@@ -172,6 +174,28 @@ def test_a_generator_learns_what_a_text_asks_for(tmp_path, monkeypatch, capsys):
     conditions = [reads(text, add_special_tokens=False).input_ids for text in TEXTS]
     made = generate_tokens(model, vocabulary, conditions, [0, 1, 2, 3], guidance_scale=2.0, temperature=0.5)
     assert torch.equal(made.flatten(1), tokens[:4].flatten(1))
+
+
+def test_names_of_classes_that_a_stream_gave_become_classes(tmp_path):
+    folder = write_tokens(tmp_path / "tokens", torch.ones(3, 1, 2, 3, dtype=torch.long))
+    rows = datasets.Dataset.from_parquet(str(folder / "train-00000.parquet"), cache_dir=str(tmp_path / "cache"))
+    rows.add_column("label", ["sea", "dog", "sea"]).to_parquet(folder / "train-00000.parquet")
+    rows, provenance = load_rows(folder)
+    words = train.make_vocabulary(train.GeneratorArguments(), rows, provenance, str(folder), None)
+    assert words.condition == "class" and words.class_names == ["dog", "sea"]
+    sequences = ImageSequences(rows, ["0000", "0001"], words)
+    assert [sequences[i]["input_ids"][0] for i in (0, 1)] == [16 + 1, 16 + 0]
+
+
+def test_fsdp_is_refused(monkeypatch):
+    """New images are painted by one process alone, and the others would not gather what it needs."""
+
+    def begin(self, **kwargs):
+        self.is_fsdp_enabled, self.is_deepspeed_enabled = True, False
+
+    monkeypatch.setattr(CheckpointingTrainer, "__init__", begin)
+    with pytest.raises(ValueError, match="not supported for generators: start with `accelerate launch --multi_gpu`"):
+        GeneratorTrainer(None, None, None, None)
 
 
 def test_empty_texts_need_the_null_condition(tmp_path, monkeypatch, capsys):

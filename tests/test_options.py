@@ -175,6 +175,13 @@ def test_numbers_of_a_json_file_stay_numbers(tmp_path):
     assert training.lr_scheduler_kwargs == {"min_lr": 1e-5}
 
 
+def test_a_value_in_a_file_may_begin_with_a_dash(tmp_path):
+    (tmp_path / "recipe.json").write_text(json.dumps({"group_separator": "-crop", "max_steps": -1, "bf16": False}))
+    (_, data, training), given, _ = parse(KINDS, [str(tmp_path / "recipe.json"), *LOCAL], "")
+    assert data.group_separator == given["group_separator"] == "-crop"
+    assert (training.max_steps, training.bf16) == (given["max_steps"], given["bf16"]) == (-1, False)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

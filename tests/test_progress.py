@@ -36,3 +36,10 @@ def test_flat_colours_are_counted_one_by_one(capsys):
     count = len(flat_colours())
     said = capsys.readouterr().err
     assert f"0/{count}" in said and f"{count}/{count}" in said and "image/s" in said
+
+
+def test_a_probe_that_tells_nothing_is_written_too():
+    nothing = {"accuracy": 0.0, "interval": (0.0, 0.0)}
+    row = {"knn": nothing | {"of_the_encoders": None}, "logistic": nothing}
+    result = {"rows": {"encoder features": row}, "baseline": 0.5, "num_images": 10, "classes": ["a", "b"]}
+    assert "| encoder features | 0.0% (0.0% to 0.0%) | - | 0.0% (0.0% to 0.0%) |" in probe.markdown(result)

@@ -15,6 +15,8 @@ from eval import reconstruction
 from eval.commands import ends_in_one_line
 from eval.seen_images import seen_images
 from modeling_simvq import VQRAEModel
+from training.card import Provenance, write_recipe
+from training.resuming import refuse_another_run
 
 
 FIELDS = {"encoder_config": encoder_config(), "decoder_patch_size": 8, "codebook_size": 64, "image_size": 32}
@@ -205,3 +207,15 @@ def test_nothing_is_said_of_images_that_nobody_knows(tmp_path, image_folder):
     assert "11 of the 12 images" in seen_images(tmp_path, files)
     (tmp_path / "training_recipe.json").write_text(json.dumps({"train_data": "list.txt"}))
     assert seen_images(tmp_path, files) is None
+
+
+def test_a_tokenizer_that_is_named_by_a_dot_is_the_same_again(tmp_path, monkeypatch):
+    model = VQRAEModel(train_hf.VQRAEConfig(**FIELDS))
+    model.save_pretrained(tmp_path / "out")
+    (tmp_path / "out" / "trainer_state.json").write_text("{}")
+    given = {"model_name_or_path": "."}
+    monkeypatch.chdir(tmp_path)
+    write_recipe(Provenance(recipe=given), tmp_path / "out")
+    refuse_another_run(tmp_path / "out", model.config, given)
+    with pytest.raises(ValueError, match="model_name_or_path: .* there, other now"):
+        refuse_another_run(tmp_path / "out", model.config, {"model_name_or_path": "other"})

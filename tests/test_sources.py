@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import sys
 import tarfile
 import zipfile
@@ -20,7 +21,7 @@ from eval import probe, reference_statistics
 from generation import tokenize_images
 from modeling_simvq import VQRAEModel
 from reading.images import decode_image, image_name
-from reading.sources import find_source, load_images, open_source
+from reading.sources import find_source, is_on_hub, is_path, load_images, open_source, public_name
 from train_hf import DataArguments, load_data
 from training.options import refuse_without_effect, rules_of_data
 
@@ -221,6 +222,54 @@ def test_a_zip_that_changed_is_unpacked_again(tmp_path):
     assert numbers_of(load_images(tmp_path / "a.zip")) == [1, 11]
     write_zip(tmp_path / "a.zip", [2, 3, 11])
     assert numbers_of(load_images(tmp_path / "a.zip")) == [2, 3, 11]
+
+
+def test_images_of_the_same_name_in_two_zips_have_different_names(tmp_path):
+    """One and the same key in a dataset of tokens would make one image of two."""
+    write_zip(tmp_path / "data" / "a.zip", [1, 11])
+    with zipfile.ZipFile(tmp_path / "data" / "b.zip", "w") as archive:
+        archive.writestr("blue/0001.png", encoded(5))
+    rows = list(open_source(tmp_path / "data"))
+    assert [image_name(row["image"]) for row in rows] == [
+        "a.zip/blue/0001.png",
+        "a.zip/red/0011.png",
+        "b.zip/blue/0001.png",
+    ]
+    assert numbers_of(rows) == [1, 11, 5] and [row["label"] for row in rows] == [0, 1, 0]
+
+
+def test_a_list_is_in_utf_8_and_may_begin_with_its_mark(tmp_path):
+    (tmp_path / "blühend 1.png").write_bytes(encoded(3))
+    written = f"{tmp_path / 'blühend 1.png'}\n"
+    (tmp_path / "list.txt").write_text(written, "utf-8-sig")
+    assert numbers_of(open_source(tmp_path / "list.txt")) == [3]
+    (tmp_path / "list.txt").write_text(written, "latin-1")
+    with pytest.raises(ValueError, match=r"list.txt is not in UTF-8 \(.*\): save it so"):
+        open_source(tmp_path / "list.txt")
+
+
+def test_a_file_whose_name_is_not_in_utf_8_is_named(tmp_path):
+    (tmp_path / os.fsdecode(b"bl\xfchend.png")).write_bytes(encoded(3))
+    with pytest.raises(ValueError, match=r"bl.udcfchend.png' is not in UTF-8: rename it"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, is_a_path, public",
+    [
+        ("org/images", False, "org/images"),
+        ("nobody/{000..012}.tar", True, "{000..012}.tar"),
+        ("/home/me/gone/*.parquet", True, "*.parquet"),
+        ("/home/me/gone", True, "gone"),
+        (".", True, None),
+        ("https://host/data.tar", False, "https://host/data.tar"),
+        ('{"codebook_size": 64}', False, '{"codebook_size": 64}'),
+    ],
+)
+def test_of_a_path_others_read_the_last_part_alone(name, is_a_path, public, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert is_path(name) == is_a_path and public_name(name) == (public or tmp_path.name)
+    assert is_on_hub(name) == (name == "org/images")
 
 
 @pytest.mark.parametrize(

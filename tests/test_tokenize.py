@@ -325,6 +325,16 @@ def test_a_damaged_shard_is_written_again(work):
     assert tokenize() == whole
 
 
+def test_the_bar_ends_where_it_said(work, capsys):
+    """Also where a shard is left that is not full."""
+    tokenize()
+    os.remove("tokens/train-00004.parquet")
+    capsys.readouterr()
+    tokenize()
+    said = capsys.readouterr().err
+    assert " 0/2 " in said and " 2/2 " in said and " 0/3 " not in said
+
+
 def stream(monkeypatch):
     """The images as a stream, which is not known to end."""
     opened = tokenize_images.open_images
@@ -395,6 +405,7 @@ def test_two_processes_write_what_one_writes(work):
     assert done.returncode == 0, said
     assert files() == whole
     assert json.loads((work / "tokens" / "run.json").read_text())["processes"] == 2
+    assert "Tokenizing (one of 2 processes)" in said
 
 
 def test_a_killed_run_goes_on_where_it_was(work):
@@ -489,6 +500,7 @@ def test_a_folder_of_something_else_is_left_alone(work):
         (("--native_size", "--image_size", "32"), "no effect beside native_size"),
         (("--split", "[:3]"), "must begin with the name of a split"),
         (("--private",), "no effect without --push_to_hub"),
+        (("--crops", "10", "--ten_crop_ratio", "0"), "ten_crop_ratio must be at least 1"),
     ],
 )
 def test_mistakes_end_in_one_line_and_leave_nothing(work, more, message):

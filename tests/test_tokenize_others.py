@@ -148,6 +148,16 @@ def test_rar_reads_what_is_exported_for_it(work, capsys):
     ]
 
 
+def test_labels_may_be_numbers_of_any_width(work, capsys):
+    tokenize("--max_samples", 2)
+    shard, done = work / "tokens" / "train-00000.parquet", Provenance.load("tokens")
+    rows = pq.read_table(shard)
+    pq.write_table(rows.set_column(rows.column_names.index("label"), "label", pa.array([0, 200], "uint8")), shard)
+    call(export_tokens, "tokens", "--format", "rar", "--output_dir", "rar", capsys=capsys)
+    lines = (work / "rar" / "pretokenized.jsonl").read_text().splitlines()
+    assert [json.loads(line)["class_id"] for line in lines] == [0, 200] and done.num_rows == 2
+
+
 @pytest.mark.parametrize("form", ["llamagen", "rar"])
 def test_what_these_formats_cannot_hold_is_refused(work, capsys, form):
     where = "--format", form, "--output_dir", "out"

@@ -6,7 +6,7 @@ import pytest
 from test_loading import ROOT
 
 from reading.files import find_images
-from reading.wording import counted, did_you_mean
+from reading.wording import counted, did_you_mean, one_of_processes
 from training.data import split_files
 
 
@@ -14,6 +14,11 @@ def test_what_is_counted_is_said_as_of_one_or_of_several():
     assert counted(1, "image") == "1 image" and counted(0, "image") == "0 images"
     assert counted(1200, "class", "classes") == "1,200 classes"
     assert counted(1, "image was", "images were") == "1 image was"
+
+
+def test_a_bar_of_one_of_several_processes_says_so():
+    assert one_of_processes("Images", 1) == "Images"
+    assert one_of_processes("Images", 8) == "Images (one of 8 processes)"
 
 
 def test_messages_say_one_of_what_there_is_one_of(tmp_path, capsys):

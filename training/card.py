@@ -3,7 +3,6 @@ it that the run did not do."""
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 
 from eval.files import write_whole
 from eval.results import weights_file_hash
+from reading.sources import is_on_hub, public_name
 from reading.wording import counted
 from training.options import is_secret
 
@@ -112,7 +112,7 @@ def model_card(name: str, trainer, provenance: Provenance) -> ModelCard:
         method, decoder = f"[VQRAE](https://huggingface.co/papers/2511.23386) with {simvq}", "ViT"
     else:
         method, encoder, decoder = simvq, "a convolutional encoder", "convolutional"
-    on_hub = [x for x in (provenance.encoder, provenance.parent) if x and not os.path.exists(x)]
+    on_hub = [x for x in (provenance.encoder, provenance.parent) if x and is_on_hub(x)]
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-feature-extraction",
@@ -190,7 +190,9 @@ def write_recipe(provenance: Provenance, folder: str | Path) -> list[str]:
 
 def _recipe(provenance: Provenance) -> str:
     known = {
-        name: _shown(x) if isinstance(x, str) else x for name, x in provenance.recipe.items() if not is_secret(name)
+        name: public_name(x) if isinstance(x, str) else x
+        for name, x in provenance.recipe.items()
+        if not is_secret(name)
     }
     return json.dumps(known, indent=2, sort_keys=True) + "\n"
 
@@ -210,7 +212,7 @@ def _metadata(name_or_path: str | None, hub: dict) -> dict:
 
 def _named_datasets(provenance: Provenance, parent: dict) -> list[str] | None:
     """Those of the hub; a local folder's name says nothing to others."""
-    own = [provenance.train_data] if provenance.train_data and not os.path.exists(provenance.train_data) else []
+    own = [provenance.train_data] if provenance.train_data and is_on_hub(provenance.train_data) else []
     return sorted({*own, *(parent.get("datasets") or [])}) or None
 
 
@@ -230,9 +232,9 @@ def _training(trainer, config, provenance: Provenance) -> str:
     of = f" of {counted(provenance.num_train_images, 'image')}" if provenance.num_train_images else ""
     start = "random weights"
     if provenance.parent:
-        start = f"the tokenizer `{_shown(provenance.parent)}`"
+        start = f"the tokenizer `{public_name(provenance.parent)}`"
     elif provenance.encoder:
-        start = f"the encoder `{_shown(provenance.encoder)}`"
+        start = f"the encoder `{public_name(provenance.encoder)}`"
     lines = [
         f"{counted(trainer.state.global_step, 'step')} of {counted(batch, 'random crop')}{of}, begun with "
         f"{start}; peak learning rate {args.learning_rate:g}, encoder "
@@ -266,7 +268,7 @@ def _training(trainer, config, provenance: Provenance) -> str:
         digest = hashlib.sha256(_recipe(provenance).encode()).hexdigest()
         lines.append(f"All options: `{RECIPE}` (SHA-256 `{digest}`).")
     if before := _training_of(provenance.parent):
-        lines.append(f"\nBefore that, `{_shown(provenance.parent)}`: {before}")
+        lines.append(f"\nBefore that, `{public_name(provenance.parent)}`: {before}")
     return "\n".join(lines)
 
 
@@ -283,11 +285,6 @@ def _hardware(args) -> str:
     if args.device.type == "cpu":
         return f"{torch.get_num_threads()} CPU threads"
     return f"{args.world_size} x {torch.cuda.get_device_name() if args.device.type == 'cuda' else args.device.type}"
-
-
-def _shown(name_or_path: str) -> str:
-    """A hub name as it is, a path by its last part."""
-    return Path(name_or_path).name if os.path.exists(name_or_path) else name_or_path
 
 
 def _measured(history: list[dict]) -> str:
@@ -321,6 +318,6 @@ def _licences(license: str | None, provenance: Provenance, encoder_license: str 
     lines.append(f"- The weights: {license or 'no licence was given (`--license`)'}.")
     if provenance.encoder:
         of = encoder_license or "not stated where this card was written"
-        lines.append(f"- The encoder they began with, `{_shown(provenance.encoder)}`: {of}.")
+        lines.append(f"- The encoder they began with, `{public_name(provenance.encoder)}`: {of}.")
     lines.append("- Weights may be bound by the licence of the images they were trained on.")
     return "\n".join(lines)

@@ -68,7 +68,8 @@ def _file_as_flags(path: str) -> list[str]:
         if isinstance(value, list):
             flags += [f"--{name}", *map(str, value)]
         elif value is not None:
-            flags += [f"--{name}", json.dumps(value) if isinstance(value, (dict, bool)) else str(value)]
+            text = json.dumps(value) if isinstance(value, (dict, bool)) else str(value)
+            flags.append(f"--{name}={text}")  # a value may begin with a dash
     return flags
 
 

@@ -11,6 +11,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 
 from eval.files import read_fields
+from reading.sources import public_name
 from training.card import RECIPE
 from training.hub import checked_state
 
@@ -43,8 +44,8 @@ def refuse_another_run(
     if given is not None and (recipe := Path(output_dir) / RECIPE).is_file():
         before = read_fields(recipe)
         for name in STARTS:
-            # a path is recorded by its last part
-            was, now = (Path(x).name if x else None for x in (before.get(name), given.get(name)))
+            # a path is recorded by its last part, which "." does not have itself
+            was, now = (Path(public_name(x)).name if x else None for x in (before.get(name), given.get(name)))
             if was != now:
                 different.append(f"{name}: {before.get(name)} there, {given.get(name)} now")
     if (file := folder / CONFIG_NAME).is_file():

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.utils import logging
 
+from reading.wording import one_of_processes
 from training.adversary import Adversary
 from training.arguments import VQRAETrainingArguments
 from training.card import Provenance
@@ -78,9 +79,8 @@ class CropsToFit:
     def __iter__(self) -> Iterator[torch.Tensor]:
         trainer, seen, passes = self.trainer, 0, 0
         torch.default_generator.manual_seed(trainer.args.seed + trainer.accelerator.process_index)
-        progress = tqdm(
-            total=self.count, desc="Crops for the codebook", unit="crop", disable=not trainer.is_local_process_zero()
-        )
+        title = one_of_processes("Crops for the codebook", trainer.accelerator.num_processes)
+        progress = tqdm(total=self.count, desc=title, unit="crop", disable=not trainer.is_world_process_zero())
         with progress:
             while seen < self.count:
                 passes, before = passes + 1, seen
