@@ -34,6 +34,7 @@ from generation.sampling import load_painter
 from generation.trainer import GeneratorTrainer, GeneratorTrainingArguments
 from generation.vocabulary import FILE, Vocabulary
 from reading.models import check_fields
+from reading.sources import public_name
 from reading.wording import counted, did_you_mean
 from training.arguments import parse_model_config
 from training.hub import find_checkpoint, on_main_process
@@ -189,6 +190,11 @@ def make_model(args: GeneratorArguments, vocabulary: Vocabulary) -> LlamaForCaus
     return LlamaForCausalLM(LlamaConfig(**{**SIZES[args.model_size], "rms_norm_eps": 1e-5, **given, **decided}))
 
 
+def without_paths(fields: dict) -> dict:
+    """Fields of a recipe, which is pushed with the model, with the last part alone of paths on this machine."""
+    return {name: public_name(value) if isinstance(value, str) else value for name, value in fields.items()}
+
+
 def check_eval_data(rows, provenance: Provenance, vocabulary: Vocabulary, whose: str) -> None:
     """
     Raises:
@@ -325,7 +331,8 @@ def main() -> None:
     checkpoint = on_main_process(lambda: find_checkpoint(training_args.resume_from_checkpoint, str(output)))
     if main_process:
         options = {name: value for name, value in given.items() if not is_secret(name)}
-        recipe = {"options": options, "tokens": asdict(provenance), "versions": library_versions()}
+        recipe = {"options": without_paths(options), "tokens": without_paths(asdict(provenance))}
+        recipe["versions"] = library_versions()
         for name, text in (
             ("training_recipe.json", json.dumps(recipe, indent=2)),
             ("frequency_models.json", json.dumps(frequencies, indent=2)),

@@ -198,6 +198,14 @@ def test_fsdp_is_refused(monkeypatch):
         GeneratorTrainer(None, None, None, None)
 
 
+def test_the_recipe_has_no_path_of_this_machine(tmp_path, monkeypatch):
+    """It is pushed with the model."""
+    write_tokens(tmp_path / "tokens", torch.ones(8, 1, 2, 3, dtype=torch.long), labels=[0] * 8)
+    run_training(monkeypatch, "--train_data", tmp_path / "tokens", "--output_dir", tmp_path / "out", "--max_steps", 1)
+    recipe = (tmp_path / "out" / "training_recipe.json").read_text()
+    assert str(tmp_path) not in recipe and json.loads(recipe)["options"]["train_data"] == "tokens"
+
+
 def test_empty_texts_need_the_null_condition(tmp_path, monkeypatch, capsys):
     """They stopped the training in the middle of an epoch."""
     write_tokens(tmp_path / "tokens", torch.ones(4, 1, 2, 3, dtype=torch.long), texts=["a dot", "", "a dot", "a"])
