@@ -311,6 +311,8 @@ def main() -> None:
     names = args.rows or list(settings["rows"])
     if unknown := [name for name in names if name not in settings["rows"]]:
         raise ValueError(f"--rows: {args.config} has no row '{unknown[0]}', only {', '.join(settings['rows'])}.")
+    if unnamed := [pair for pair in args.heldout if "=" not in pair]:
+        raise ValueError(f"--heldout {unnamed[0]} has no name: write NAME=PATH, such as photos={unnamed[0]}.")
     sets = dict(pair.split("=", 1) for pair in args.heldout)
     processor = VQRAEImageProcessor.for_image_size(settings["common"]["image_size"])
     data = {"train": read(args.train_data, processor, args.train_images)[0]}

@@ -195,6 +195,23 @@ def without_paths(fields: dict) -> dict:
     return {name: public_name(value) if isinstance(value, str) else value for name, value in fields.items()}
 
 
+def check_labels(rows, vocabulary: Vocabulary, whose: str) -> None:
+    """
+    Raises:
+        ValueError: a label is none of the classes; or there is none, and no null condition either.
+    """
+    labels = rows.unique("label")
+    if wrong := sorted(x for x in labels if x is not None and not 0 <= x < vocabulary.num_conditions):
+        raise ValueError(
+            f"Some labels of {whose} are {wrong[0]}, and classes are 0 to {vocabulary.num_conditions - 1}: pass "
+            "--condition none, or tokenize those images that have a class."
+        )
+    if None in labels and not vocabulary.has_null:
+        raise ValueError(
+            f"Some images of {whose} have no label, which is no condition: pass --condition_dropout above 0."
+        )
+
+
 def check_eval_data(rows, provenance: Provenance, vocabulary: Vocabulary, whose: str) -> None:
     """
     Raises:
@@ -217,6 +234,7 @@ def check_eval_data(rows, provenance: Provenance, vocabulary: Vocabulary, whose:
         names = class_names(rows, provenance)
         if names != vocabulary.class_names[: len(names)]:
             raise ValueError(f"eval_data: the classes of {whose} are {names}, expected {vocabulary.class_names}.")
+        check_labels(rows, vocabulary, whose)
 
 
 def other_words(output: Path, vocabulary: Vocabulary) -> list[str]:
@@ -284,6 +302,8 @@ def main() -> None:
         raise ValueError(
             f"Some texts of {data_args.train_data} are empty, which is no condition: pass --condition_dropout above 0."
         )
+    if vocabulary.condition == "class":
+        check_labels(rows, vocabulary, data_args.train_data)
     if data_args.eval_data:
         check_eval_data(eval_rows, eval_provenance, vocabulary, data_args.eval_data)
         train_keys, eval_keys = sorted(rows.unique("key")), sorted(eval_rows.unique("key"))

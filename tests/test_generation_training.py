@@ -1,6 +1,7 @@
 """Training of a generator: resumption, several processes, what is logged and saved, and mistakes of its user."""
 
 import json
+import re
 import signal
 
 import datasets
@@ -196,6 +197,27 @@ def test_fsdp_is_refused(monkeypatch):
     monkeypatch.setattr(CheckpointingTrainer, "__init__", begin)
     with pytest.raises(ValueError, match="not supported for generators: start with `accelerate launch --multi_gpu`"):
         GeneratorTrainer(None, None, None, None)
+
+
+@pytest.mark.parametrize(
+    "labels, flags, said",
+    [
+        ([0, -1] * 4, [], "Some labels of .*tokens are -1, and classes are 0 to 3"),
+        (
+            [0, None] * 4,
+            ["--condition_dropout", 0],
+            "tokens have no label.*pass --condition_dropout above 0",
+        ),
+    ],
+)
+def test_labels_that_are_no_condition_are_named_before_training(labels, flags, said, tmp_path, monkeypatch, capsys):
+    """They ended it in the middle of an epoch."""
+    tokens = torch.ones(8, 1, 2, 3, dtype=torch.long)
+    write_tokens(tmp_path / "tokens", tokens, labels=labels)
+    with pytest.raises((SystemExit, ValueError)) as raised:
+        run_training(monkeypatch, "--train_data", tmp_path / "tokens", "--output_dir", tmp_path / "out", *flags)
+    assert re.search(said, f"{raised.value} {capsys.readouterr().err}")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_recipe_has_no_path_of_this_machine(tmp_path, monkeypatch):
