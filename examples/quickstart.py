@@ -12,6 +12,7 @@ of this repository, and is printed. An interrupted quick start goes on where it 
 import html
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,7 @@ def reconstruct(name: str, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 def new_images(count: int, size: torch.Size) -> torch.Tensor:
     """Images that nobody has drawn, enlarged to `size`: (count, 3, height, width) in [0, 1]."""
     output = f"{OUTPUT}/new_images"
+    shutil.rmtree(ROOT / output, ignore_errors=True)  # of an earlier version's generator, which would be refused
     run(
         *("-m", "generation.sample"),
         *("--model_name_or_path", GENERATOR, "--num_images", str(count), "--guidance_scale", "2", "--top_p", "0.98"),

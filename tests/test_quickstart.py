@@ -79,6 +79,22 @@ def test_a_command_that_does_not_end_well_ends_the_quick_start(monkeypatch, caps
     assert capsys.readouterr().err.startswith("quickstart.py: error: the command above did not end well")
 
 
+def test_new_images_of_an_earlier_version_are_in_nobodys_way(tmp_path, monkeypatch):
+    """Of another generator, they ended the quick start after a `git pull`."""
+    folder = tmp_path / quickstart.OUTPUT / "new_images"
+    folder.mkdir(parents=True)
+    (folder / "samples.json").write_text("{}")
+
+    def draw(*command):
+        folder.mkdir()
+        Image.new("RGB", (4, 4), "red").save(folder / "000000.png")
+
+    monkeypatch.setattr(quickstart, "ROOT", tmp_path)
+    monkeypatch.setattr(quickstart, "run", draw)
+    made = quickstart.new_images(1, torch.Size([8, 8]))
+    assert made.shape == (1, 3, 8, 8) and not (folder / "samples.json").exists()
+
+
 def test_what_is_trained_on_is_not_what_is_held_out():
     train, heldout = ((ROOT / "examples" / f"{name}.txt").read_text().split() for name in ("train", "heldout"))
     assert len(train) == 275 and len(heldout) == 43 and not set(train) & set(heldout)
