@@ -311,7 +311,11 @@ class Page:
 
     def pixels(self, selector: str) -> np.ndarray:
         """Of the file that an `<img>` shows."""
-        with urllib.request.urlopen(self.source(selector), timeout=60) as response:
+        return self.picture(self.source(selector))
+
+    @staticmethod
+    def picture(source: str) -> np.ndarray:
+        with urllib.request.urlopen(source, timeout=60) as response:
             return np.asarray(Image.open(io.BytesIO(response.read())), dtype=np.int16)
 
     @contextlib.contextmanager
@@ -338,20 +342,16 @@ class Page:
         ActionChains(self.driver).move_to_element_with_offset(image, *offsets).click().perform()
 
     def tab(self, name: str) -> None:
-        if not any(x.text == name for x in self.all("button[role=tab]")):  # a phone has them in a menu
+        buttons = "button[role=tab]"
+        if not any(x.text == name for x in self.all(buttons)):  # a phone has them in a menu
             self.one(".overflow-menu > button").click()
-            next(x for x in self.all(".overflow-dropdown button") if x.text == name).click()
-        else:
-            next(x for x in self.all("button[role=tab]") if x.text == name).click()
+            buttons = ".overflow-dropdown button"
+        next(x for x in self.all(buttons) if x.text == name).click()
 
     def gallery(self, selector: str) -> list[np.ndarray]:
         """The pictures of one, when it has some."""
         sources = self.wait.until(lambda _: [x.get_attribute("src") for x in self.all(f"{selector} img")])
-        pictures = []
-        for source in sources:
-            with urllib.request.urlopen(source, timeout=60) as response:
-                pictures.append(np.asarray(Image.open(io.BytesIO(response.read())).convert("RGB"), dtype=np.int16))
-        return pictures
+        return [self.picture(source) for source in sources]
 
     def enter(self, selector: str, number: int) -> None:
         field = self.one(f"{selector} input")
@@ -436,8 +436,9 @@ def test_all_is_within_the_width_of_a_desktop_and_of_a_phone(page, photo):
     for tab, selectors in shown.items():
         page.tab(tab)
         for selector in selectors:
-            element = page.one(selector)
-            assert "img" not in selector or min(element.size.values()) >= 200, selector
+            page.one(selector)
+            if "img" in selector:  # which has its size when its file has come
+                page.wait.until(lambda _, x=selector: min(page.one(x).size.values()) >= 200, selector)
         assert page.driver.execute_script("return document.documentElement.scrollWidth <= innerWidth"), tab
         assert page.driver.execute_script(BEYOND) == [], tab
         if SCREENSHOT:
