@@ -252,7 +252,7 @@ def build_tabs(generator: Generator, upload, shown: list[str]) -> None:
         shown: files of examples.
     """
 
-    def options(prefix: str, guidance: float, chosen: int) -> list:
+    def options(guidance: float, chosen: int) -> list:
         """`chosen`: the place of the class that is shown first."""
         if generator.vocabulary.condition == "text":
             condition = gr.Textbox(label="Text")
@@ -260,7 +260,7 @@ def build_tabs(generator: Generator, upload, shown: list[str]) -> None:
             condition = gr.Dropdown(generator.choices, value=generator.choices[chosen], label="Class")
         return [
             condition,
-            gr.Number(0, label="Seed of the first image", precision=0, elem_id=f"{prefix}-seed"),
+            gr.Number(0, label="Seed of the first image", precision=0),
             gr.Slider(1, 8, 4, step=1, label="Images"),
             gr.Slider(0.0, 5.0, guidance, step=0.1, label="Guidance, 1 is none"),
             gr.Slider(0.0, 2.0, 1.0, step=0.05, label="Temperature"),
@@ -274,7 +274,7 @@ def build_tabs(generator: Generator, upload, shown: list[str]) -> None:
 
     with gr.Tab("Generate", id="generate"), gr.Row():
         with gr.Column(scale=2, min_width=260):
-            entered = options("generate", 1.5 if generator.vocabulary.condition == "class" else 1.0, chosen=-1)
+            entered = options(1.5 if generator.vocabulary.condition == "class" else 1.0, chosen=-1)
             draw = gr.Button("Generate", variant="primary", elem_id="generate")
         with gr.Column(scale=5):
             draw.click(told(generator.generate), entered, gallery("generated"))
@@ -283,7 +283,7 @@ def build_tabs(generator: Generator, upload, shown: list[str]) -> None:
             image = upload("Image, whose upper rows are kept", elem_id="complete-upload")
             rows = generator.vocabulary.height
             keep = gr.Slider(1, rows - 1, rows // 2, step=1, label=f"Rows of tokens to keep, of {rows}")
-            entered = [image, keep, *options("complete", 1.0, chosen=0)]  # the image says what it is of
+            entered = [image, keep, *options(1.0, chosen=0)]  # the image says what it is of
             draw = gr.Button("Complete", variant="primary", elem_id="complete")
             gr.Examples(shown, image, label="Examples")
         with gr.Column(scale=5):

@@ -1,12 +1,13 @@
 """Which tokenizer tokens belong to, and how a dataset of them was made."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from eval.files import read_fields, write_whole
 from modeling_simvq import ImageTokenizer
 from reading.models import tokenizer_hash
+from reading.sources import public_name
 
 
 PROVENANCE = "provenance.json"
@@ -96,6 +97,11 @@ class Provenance:
     def rows_of_image(self) -> int:
         """How many rows an image has: ten for ten crops, two where a single one is mirrored."""
         return self.crops * (2 if self.flip else 1)
+
+    def public(self) -> "Provenance":
+        """What others may read of it: of paths on this machine the last part alone."""
+        source, tokenizer = public_name(self.source), public_name(self.model_name_or_path)
+        return replace(self, source=source, model_name_or_path=tokenizer)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Provenance":

@@ -40,7 +40,6 @@ from generation.shards import Plan, loader, shard_info, shard_path, split_name, 
 from generation.source import labels_and_texts, open_images, source_hash
 from generation.tokenizing import TokenRows, prepare
 from reading.models import load_any
-from reading.sources import public_name
 from reading.wording import counted, one_of_processes
 
 
@@ -282,10 +281,9 @@ def push(
     mine = [RUN, PROVENANCE, "README.md", "unfinished-*"]
     hub.upload_folder(**where, folder_path=folder, ignore_patterns=mine, commit_message="Image tokens")
     there = Provenance.load(folder)
-    public = replace(there, source=public_name(there.source), model_name_or_path=public_name(there.model_name_or_path))
     last = {
         "README.md": str(dataset_card(url.repo_id, there, columns, license)),
-        PROVENANCE: json.dumps(asdict(public), indent=2) + "\n",
+        PROVENANCE: json.dumps(asdict(there.public()), indent=2) + "\n",
     }
     operations = [CommitOperationAdd(name, text.encode()) for name, text in last.items()]
     hub.create_commit(**where, operations=operations, commit_message="How the tokens were made")

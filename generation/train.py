@@ -34,11 +34,11 @@ from generation.sampling import load_painter
 from generation.trainer import GeneratorTrainer, GeneratorTrainingArguments
 from generation.vocabulary import FILE, Vocabulary
 from reading.models import check_fields
-from reading.sources import public_name
 from reading.wording import counted, did_you_mean
 from training.arguments import parse_model_config
+from training.card import public_options
 from training.hub import find_checkpoint, on_main_process
-from training.options import BATCH_SIZES, Without, is_secret, parse, refuse_without_effect, rules_of_trainer
+from training.options import BATCH_SIZES, Without, parse, refuse_without_effect, rules_of_trainer
 from training.resuming import finished, refuse_another_run
 
 
@@ -188,11 +188,6 @@ def make_model(args: GeneratorArguments, vocabulary: Vocabulary) -> LlamaForCaus
     if both := sorted(given.keys() & decided.keys()):
         raise ValueError(f"model_config has {', '.join(both)}, which the tokens decide: leave it out.")
     return LlamaForCausalLM(LlamaConfig(**{**SIZES[args.model_size], "rms_norm_eps": 1e-5, **given, **decided}))
-
-
-def without_paths(fields: dict) -> dict:
-    """Fields of a recipe, which is pushed with the model, with the last part alone of paths on this machine."""
-    return {name: public_name(value) if isinstance(value, str) else value for name, value in fields.items()}
 
 
 def check_labels(rows, vocabulary: Vocabulary, whose: str) -> None:
@@ -350,8 +345,7 @@ def main() -> None:
             print(f"No pictures of new images: {error}", flush=True)
     checkpoint = on_main_process(lambda: find_checkpoint(training_args.resume_from_checkpoint, str(output)))
     if main_process:
-        options = {name: value for name, value in given.items() if not is_secret(name)}
-        recipe = {"options": without_paths(options), "tokens": without_paths(asdict(provenance))}
+        recipe = {"options": public_options(given), "tokens": asdict(provenance.public())}
         recipe["versions"] = library_versions()
         for name, text in (
             ("training_recipe.json", json.dumps(recipe, indent=2)),

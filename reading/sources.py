@@ -106,7 +106,7 @@ def find_source(name_or_path: str | Path) -> Source:
     kind = ARCHIVES.get(path.suffix.lower())
     if kind and (path.is_file() or is_pattern):
         return _source_of_archives(name, kind, _expand(name))
-    if is_pattern or not NAME_ON_HUB.fullmatch(name) or path.suffix == ".txt" or kind or path.is_file():
+    if path.suffix == ".txt" or not is_on_hub(name):
         raise ValueError(no_images_there(name))
     return Source(name, "hub")
 

@@ -203,20 +203,16 @@ def test_fsdp_is_refused(monkeypatch):
     "labels, flags, said",
     [
         ([0, -1] * 4, [], "Some labels of .*tokens are -1, and classes are 0 to 3"),
-        (
-            [0, None] * 4,
-            ["--condition_dropout", 0],
-            "tokens have no label.*pass --condition_dropout above 0",
-        ),
+        ([0, None] * 4, ["--condition_dropout", 0], "tokens have no label.*pass --condition_dropout above 0"),
     ],
 )
 def test_labels_that_are_no_condition_are_named_before_training(labels, flags, said, tmp_path, monkeypatch, capsys):
     """They ended it in the middle of an epoch."""
     tokens = torch.ones(8, 1, 2, 3, dtype=torch.long)
     write_tokens(tmp_path / "tokens", tokens, labels=labels)
-    with pytest.raises((SystemExit, ValueError)) as raised:
+    with pytest.raises(SystemExit):
         run_training(monkeypatch, "--train_data", tmp_path / "tokens", "--output_dir", tmp_path / "out", *flags)
-    assert re.search(said, f"{raised.value} {capsys.readouterr().err}")
+    assert re.search(said, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
 

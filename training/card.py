@@ -188,13 +188,17 @@ def write_recipe(provenance: Provenance, folder: str | Path) -> list[str]:
     return [f"{n}: {before.get(n)} before, {own.get(n)} now" for n in names if before.get(n) != own.get(n)]
 
 
-def _recipe(provenance: Provenance) -> str:
-    known = {
-        name: public_name(x) if isinstance(x, str) else x
-        for name, x in provenance.recipe.items()
+def public_options(given: dict) -> dict:
+    """What others may read of the options of a run: no secrets, and of paths on this machine the last part alone."""
+    return {
+        name: public_name(value) if isinstance(value, str) else value
+        for name, value in given.items()
         if not is_secret(name)
     }
-    return json.dumps(known, indent=2, sort_keys=True) + "\n"
+
+
+def _recipe(provenance: Provenance) -> str:
+    return json.dumps(public_options(provenance.recipe), indent=2, sort_keys=True) + "\n"
 
 
 def _metadata(name_or_path: str | None, hub: dict) -> dict:
