@@ -58,6 +58,7 @@ class SeededCodes(LogitsProcessor):
             torch.rand(skip, codebook_size, generator=generator)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores of all ids to those of the codes alone, (B, codebook_size)."""
         codes = scores[:, : self.codebook_size].float()
         if self.guidance_scale != 1:
             conditional, null = codes.chunk(2)
@@ -68,10 +69,7 @@ class SeededCodes(LogitsProcessor):
             for warper in self.warpers:
                 codes = warper(input_ids, codes)
             codes = codes - self._exponential().to(codes.device).log_()
-        drawn = torch.full_like(scores, -torch.inf, dtype=torch.float32)
-        for half in drawn.chunk(2) if self.guidance_scale != 1 else (drawn,):
-            half[:, : self.codebook_size] = codes
-        return drawn
+        return codes if self.guidance_scale == 1 else torch.cat([codes, codes])
 
     def _exponential(self) -> torch.Tensor:
         """(images, codebook_size); minus the logarithm of it is Gumbel noise."""
