@@ -185,15 +185,20 @@ class Tokenizer:
             self.example_counts = counts
         return self.example_counts
 
-    def look_at(self, code: int | None, tokens: torch.Tensor | None) -> tuple[Image.Image, str, list]:
-        """A code decoded alone, text about it, and its neighbours with captions."""
-        near, distances = neighbours(self.model, self._entered(code))
-        own, *others = self.processor.postprocess(code_pixels(self.model, near))
-        captions = [f"{i} at {d:.2f}" for i, d in zip(near[1:].tolist(), distances[1:].tolist())]
+    def look_at(self, code: int | None, tokens: torch.Tensor | None, shown: int | None = None) -> tuple:
+        """A code decoded alone, text about it, its neighbours with captions, and the code. The pictures of a code that
+        is `shown` already are left as they are: Gradio writes equal pictures into the same file, and a browser that is
+        just reading it would show none."""
+        entered = self._entered(code)
         text = f"Code **{code}**"
         if tokens is not None:
             text += f": {(tokens == code).sum()} of the {tokens.numel()} tokens of the image in the first tab"
-        return own, text, list(zip(others, captions))
+        if code == shown:
+            return gr.skip(), text, gr.skip(), code
+        near, distances = neighbours(self.model, entered)
+        own, *others = self.processor.postprocess(code_pixels(self.model, near))
+        captions = [f"{i} at {d:.2f}" for i, d in zip(near[1:].tolist(), distances[1:].tolist())]
+        return own, text, list(zip(others, captions)), code
 
     def neighbour(self, code: int | None, chosen: gr.SelectData) -> int:
         """The neighbour that was clicked."""
@@ -263,7 +268,7 @@ def build_tabs(generator: Generator, upload, shown: list[str]) -> None:
             gr.Number(0, label="Seed of the first image", precision=0),
             gr.Slider(1, 8, 4, step=1, label="Images"),
             gr.Slider(0.0, 5.0, guidance, step=0.1, label="Guidance, 1 is none"),
-            gr.Slider(0.0, 2.0, 1.0, step=0.05, label="Temperature"),
+            gr.Slider(0.0, 2.0, 0.9, step=0.05, label="Temperature"),
         ]
 
     def gallery(name: str) -> gr.Gallery:
@@ -274,7 +279,7 @@ def build_tabs(generator: Generator, upload, shown: list[str]) -> None:
 
     with gr.Tab("Generate", id="generate"), gr.Row():
         with gr.Column(scale=2, min_width=260):
-            entered = options(1.5 if generator.vocabulary.condition == "class" else 1.0, chosen=-1)
+            entered = options(2.5 if generator.vocabulary.condition == "class" else 1.0, chosen=-1)
             draw = gr.Button("Generate", variant="primary", elem_id="generate")
         with gr.Column(scale=5):
             draw.click(told(generator.generate), entered, gallery("generated"))
@@ -317,7 +322,7 @@ def build(tokenizer: Tokenizer, name: str, generator: Generator | None = None) -
             f"{side} tokens from a codebook of {codes:,}, and these become an image again."
         )
         # of the visitor: tokens of the image, those edited, and how often each code was given
-        tokens, edited = gr.State(), gr.State()
+        tokens, edited, looked_at = gr.State(), gr.State(), gr.State()
         counts = gr.State(torch.zeros(codes, dtype=torch.int64))
         with gr.Tabs() as tabs:
             with gr.Tab("Reconstruct", id="reconstruct"), gr.Row():
@@ -393,7 +398,7 @@ def build(tokenizer: Tokenizer, name: str, generator: Generator | None = None) -
         reconstruct = told(tokenizer.reconstruct), [image, counts], outputs
         framed = told(tokenizer.framed), [edited, *rectangle], edit_map
         usage = told(tokenizer.usage), [over, counts], [usage_text, chart]
-        look_at = told(tokenizer.look_at), [code, tokens], [alone, code_text, near]
+        look_at = told(tokenizer.look_at), [code, tokens, looked_at], [alone, code_text, near, looked_at]
         quiet, latest = {"show_progress": "hidden"}, {"trigger_mode": "always_last"}
 
         gr.on([page.load, image.upload], *reconstruct, **latest)

@@ -199,6 +199,17 @@ def test_bad_input_is_told(app, tmp_path, tiny_model):
             app.told(call)()
 
 
+def test_pictures_of_a_code_that_is_shown_are_left_alone(app, tiny_model):
+    """Opening the page and its tab "Codebook" both ask for code 0. Gradio wrote the same picture into the same file
+    twice, and a browser that had just begun to read it showed none (ERR_CONTENT_LENGTH_MISMATCH)."""
+    tokenizer = app.Tokenizer(tiny_model.eval(), VQRAEImageProcessor.for_image_size(32), [])
+    alone, _, near, shown = tokenizer.look_at(3, None)
+    assert isinstance(alone, Image.Image) and len(near) > 1 and shown == 3
+    alone, text, near, shown = tokenizer.look_at(3, torch.full((4, 4), 3), shown)
+    assert alone == near == app.gr.skip() and "16 of the 16 tokens" in text and shown == 3
+    assert isinstance(tokenizer.look_at(4, None, shown)[0], Image.Image)
+
+
 def test_the_page_is_of_the_model_that_is_named(app, monkeypatch, tmp_path):
     torch.manual_seed(0)
     model = VQRAEModel(tiny_config())
