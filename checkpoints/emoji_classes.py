@@ -107,7 +107,9 @@ def arrange(images: Path, groups: dict[tuple[str, ...], str], variants: int, out
 parser = CommandParser(__doc__)
 parser.add_argument("--images", required=True, type=Path, help="The folder `images` that training_images makes.")
 parser.add_argument("--output_dir", required=True, type=Path, help="A folder that does not exist.")
-parser.add_argument("--variants", type=whole_number(0), default=8, help="Moved and scaled copies of each (default: 8).")
+parser.add_argument(
+    "--variants", type=whole_number(0), default=16, help="Moved and scaled copies of each (default: 16)."
+)
 parser.add_argument("--groups", type=Path, help="Unicode's emoji-test.txt (default: fetched).")
 
 

@@ -36,6 +36,7 @@ from reading.images import decode_image
 ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINT, OUTPUT, HELDOUT = "checkpoints/vqrae-dinov2-small", "runs/quickstart", "examples/heldout.txt"
 GENERATOR = "checkpoints/emoji-llama"
+DRAWING = ("--guidance_scale", "2.5", "--temperature", "0.92")  # as its card recommends
 # four photographs, and four emoji of HELDOUT; none of them was in the training of the checkpoint
 SHOWN = ("astronaut.jpg", "chelsea.jpg", "coffee.jpg", "rocket.jpg")
 SHOWN += ("emoji-0023-fe0f-20e3.webp", "emoji-1f4a7.webp", "emoji-1f516.webp", "emoji-1f951.webp")
@@ -47,7 +48,8 @@ NEXT = f"""What to try next:
   python app.py                                            the same in the browser: needs pip install ".[demo]"
   python train_hf.py configs/quickstart.json --train_data MY_IMAGES --eval_data MY_OTHERS --output_dir runs/mine
   python -m eval.reconstruction --model_name_or_path {CHECKPOINT} --data MY_IMAGES --output_dir results
-  python -m generation.sample --model_name_or_path {GENERATOR} --classes "Flags" --output_dir runs/flags
+  python -m generation.sample --model_name_or_path {GENERATOR} --classes Flags \\
+      {" ".join(DRAWING)} --output_dir runs/flags
 README.md, "Train on your images", shows how to train a tokenizer on another encoder."""
 
 
@@ -83,7 +85,7 @@ def new_images(count: int, size: torch.Size) -> torch.Tensor:
     shutil.rmtree(ROOT / output, ignore_errors=True)  # of an earlier version's generator, which would be refused
     run(
         *("-m", "generation.sample"),
-        *("--model_name_or_path", GENERATOR, "--num_images", str(count), "--guidance_scale", "2", "--top_p", "0.98"),
+        *("--model_name_or_path", GENERATOR, "--num_images", str(count), *DRAWING),
         *("--output_dir", output),
     )
     made = torch.stack([pil_to_tensor(Image.open(ROOT / output / f"{i:06d}.png")) for i in range(count)]) / 255
