@@ -189,13 +189,13 @@ class Tokenizer:
         """A code decoded alone, text about it, its neighbours with captions, and the code. The pictures of a code that
         is `shown` already are left as they are: Gradio writes equal pictures into the same file, and a browser that is
         just reading it would show none."""
-        entered = self._entered(code)
+        code = self._entered(code)
         text = f"Code **{code}**"
         if tokens is not None:
             text += f": {(tokens == code).sum()} of the {tokens.numel()} tokens of the image in the first tab"
         if code == shown:
             return gr.skip(), text, gr.skip(), code
-        near, distances = neighbours(self.model, entered)
+        near, distances = neighbours(self.model, code)
         own, *others = self.processor.postprocess(code_pixels(self.model, near))
         captions = [f"{i} at {d:.2f}" for i, d in zip(near[1:].tolist(), distances[1:].tolist())]
         return own, text, list(zip(others, captions)), code

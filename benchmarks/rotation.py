@@ -10,6 +10,7 @@ makes its key zero instead). Printed is a table of steps, a column for each rota
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ SMALL = {
     "attention_dropout": 0.1,
     "tie_word_embeddings": True,
 }
-DIMENSIONS = (1, 2)
+NAMES = {1: "one dimension", 2: "two dimensions"}
 
 
 class GridRotation(nn.Module):
@@ -71,15 +72,18 @@ def generator(vocabulary: Vocabulary, dimensions: int, fields: dict, seed: int) 
     return model
 
 
+def loss_of(model: LlamaForCausalLM, rows: ImageSequences, chosen: Iterable[int]) -> torch.Tensor:
+    """Nats a token on some of the rows."""
+    batch = Collate(rows.vocabulary)([rows[i] for i in chosen])
+    return model(**{key: value.to(model.device) for key, value in batch.items()}).loss
+
+
 @torch.inference_mode()
 def nats(model: LlamaForCausalLM, held_out: ImageSequences, batch_size: int) -> float:
     """A token, of all rows."""
     model.eval()
-    total = 0.0
-    for start in range(0, len(held_out), batch_size):
-        items = [held_out[i] for i in range(start, min(start + batch_size, len(held_out)))]
-        batch = Collate(held_out.vocabulary)(items)
-        total += len(items) * model(**{key: value.to(model.device) for key, value in batch.items()}).loss.item()
+    parts = torch.arange(len(held_out)).split(batch_size)
+    total = sum(len(part) * loss_of(model, held_out, part.tolist()).item() for part in parts)
     model.train()
     return total / len(held_out)
 
@@ -103,15 +107,13 @@ def train(
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = get_cosine_schedule_with_warmup(optimizer, min(60, steps // 10), steps)
-    generator, collate, found = torch.Generator().manual_seed(seed), Collate(rows.vocabulary), {}
+    generator, found = torch.Generator().manual_seed(seed), {}
     torch.manual_seed(seed)  # of dropout
     measured_at = {steps * (i + 1) // evaluations for i in range(evaluations)}
     for step in tqdm(range(1, steps + 1), desc=title, unit="step"):
         chosen = torch.randint(len(rows), (batch_size,), generator=generator).tolist()
-        batch = collate([rows[i] for i in chosen])
-        loss = model(**{key: value.to(model.device) for key, value in batch.items()}).loss
         optimizer.zero_grad()
-        loss.backward()
+        loss_of(model, rows, chosen).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -122,8 +124,7 @@ def train(
 
 def table(found: dict[tuple[int, int], dict[int, float]]) -> str:
     """Markdown; `found` is {(dimensions, seed): {step: nats}}."""
-    names = {1: "one dimension", 2: "two dimensions"}
-    lines = ["| steps | " + " | ".join(f"{names[number]}, seed {seed}" for number, seed in found) + " |"]
+    lines = ["| steps | " + " | ".join(f"{NAMES[number]}, seed {seed}" for number, seed in found) + " |"]
     lines.append("| --- |" + " ---: |" * len(found))
     for step in next(iter(found.values())):
         lines.append(f"| {step:,} | " + " | ".join(f"{values[step]:.3f}" for values in found.values()) + " |")
@@ -154,7 +155,7 @@ def main() -> None:
     held_out = ImageSequences(eval_rows, sorted(eval_rows.unique("key")), vocabulary)
     found = {}
     for seed in range(args.seeds):
-        for dimensions in DIMENSIONS:
+        for dimensions, name in NAMES.items():
             model = generator(vocabulary, dimensions, chosen.model_config, seed).to(args.device)
             found[dimensions, seed] = train(
                 model,
@@ -165,7 +166,7 @@ def main() -> None:
                 args.learning_rate,
                 seed,
                 evaluations=4,
-                title=f"{dimensions} of 2 dimensions, seed {seed}",
+                title=f"{name}, seed {seed}",
             )
     print(
         f"torch {torch.__version__}, {name_of(args.device)}; {model.num_parameters():,} weights, {vocabulary.height} x "
